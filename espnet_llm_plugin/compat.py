@@ -1,0 +1,131 @@
+"""Work-arounds for the versions of ESPnet, transformers and torchaudio that we run on.
+
+The only file that patches or silences somebody else's code; each function says why it exists and
+has a test in ``tests/test_compat.py``.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Iterator
+
+from espnet_llm_plugin.errors import UserError
+
+SUPPORTED_ESPNET = ("202511",)
+
+# Printed by ESPnet's imports although nothing is wrong: optional flash-attn is absent, and the
+# TTS front-end (g2p_en, never used by ASR) tries to download NLTK data.
+_HARMLESS = ("Failed to import Flash Attention", "[nltk_data]")
+
+
+def check_espnet_version() -> str:
+    """Return ESPnet's version.
+
+    Raises:
+        UserError: ESPnet is missing, or is a version whose internals we have not verified.
+    """
+    try:
+        found = version("espnet")
+    except PackageNotFoundError:
+        raise UserError(
+            f"ESPnet is not installed. Expected one of {', '.join(SUPPORTED_ESPNET)}: "
+            f"run `pip install espnet=={SUPPORTED_ESPNET[-1]}`"
+        ) from None
+    if found not in SUPPORTED_ESPNET:
+        raise UserError(
+            f"ESPnet {found} is installed, but this plugin supports "
+            f"{', '.join(SUPPORTED_ESPNET)} only. Run `pip install "
+            f"espnet=={SUPPORTED_ESPNET[-1]}`, or install a version of the plugin made for {found}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop the harmless lines that importing ESPnet's tasks prints; pass on all others."""
+    caught = {name: io.StringIO() for name in ("stdout", "stderr")}
+    try:
+        with (
+            contextlib.redirect_stdout(caught["stdout"]),
+            contextlib.redirect_stderr(caught["stderr"]),
+        ):
+            yield
+    finally:
+        for name, text in caught.items():
+            for line in text.getvalue().splitlines(keepends=True):
+                if not line.startswith(_HARMLESS):
+                    getattr(sys, name).write(line)
+
+
+def import_quietly(module: str):
+    """Import ``module`` under :func:`quiet_imports`."""
+    with quiet_imports():
+        return importlib.import_module(module)
+
+
+def patch_espnet_trainer() -> None:
+    """Make ESPnet's checkpoints safe to average and safe to kill. Idempotent."""
+    _patch_average_nbest_models()
+    _patch_torch_save()
+
+
+def _patch_average_nbest_models() -> None:
+    """Average each n-best set from freshly loaded files.
+
+    ESPnet 202511 sums into the first loaded state dict by reference and keeps it cached, so the
+    second and later averages of a run are wrong (``ave_3best`` of 1, 2, 3 after ``ave_2best``
+    gives 1.83). One call per criterion and per n never meets the cache, and holds fewer epochs in
+    memory at once.
+    """
+    trainer = importlib.import_module("espnet2.train.trainer")
+    original = trainer.average_nbest_models
+    if getattr(original, "one_average_per_call", False):
+        return
+
+    def average_nbest_models(
+        output_dir, reporter, best_model_criterion, nbest, suffix=None, use_deepspeed=False
+    ):
+        wanted = sorted([nbest] if isinstance(nbest, int) else set(nbest)) or [1]
+        for phase, key, mode in best_model_criterion:
+            if not reporter.has(phase, key):
+                continue
+            available = len(reporter.sort_epochs_and_values(phase, key, mode))
+            # Ascending, because the last call decides where the link `*.ave.pth` points.
+            for n in [n for n in wanted if n <= available] or [1]:
+                original(output_dir, reporter, [(phase, key, mode)], [n], suffix, use_deepspeed)
+
+    average_nbest_models.one_average_per_call = True
+    trainer.average_nbest_models = average_nbest_models
+
+
+def _patch_torch_save() -> None:
+    """Let ``torch.save(obj, path)`` replace the file atomically.
+
+    ESPnet's trainer overwrites ``checkpoint.pth`` in place: a kill or a full disk in that moment
+    destroys the only file a run can resume from.
+    """
+    import torch
+
+    original = torch.save
+    if getattr(original, "replaces_atomically", False):
+        return
+
+    def save(obj, f, *args, **kwargs):
+        if not isinstance(f, (str, Path)):
+            return original(obj, f, *args, **kwargs)
+        path = Path(f)
+        # A fixed name, not a random one: what a killed run left is overwritten by the next.
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            original(obj, partial, *args, **kwargs)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    save.replaces_atomically = True
+    torch.save = save

@@ -1,0 +1,106 @@
+"""The table of every name that ESPnet can see, and the only code that writes it into ESPnet."""
+
+import importlib
+from dataclasses import dataclass
+
+from espnet_llm_plugin import compat
+from espnet_llm_plugin.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered class.
+
+    Attributes:
+        kind: ESPnet's option, e.g. ``decoder`` for ``--decoder NAME``.
+        name: The lower-case name in YAML files.
+        path: ``module:Class``; also usable as a dotted path with keyword arguments.
+        description: One line for ``--list``.
+    """
+
+    kind: str
+    name: str
+    path: str
+    description: str
+
+    def load(self) -> type:
+        module, _, attribute = self.path.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+ENTRIES = (
+    Entry(
+        "model",
+        "transducer",
+        "espnet_llm_plugin.transducer.model:TransducerModel",
+        "RNN-T with ESPnet's transducer decoder and joint, trained with torchaudio's loss",
+    ),
+    Entry(
+        "model",
+        "factorized_transducer",
+        "espnet_llm_plugin.transducer.model:FactorizedTransducerModel",
+        "factorized transducer (FNT, MHAT, Transducer-Llama) with the exact low-memory loss",
+    ),
+    Entry(
+        "decoder",
+        "factorized_transducer",
+        "espnet_llm_plugin.transducer.decoder:FactorizedTransducerDecoder",
+        "label predictor (stateless, lstm or llm) and blank branch of a factorized transducer",
+    ),
+    Entry(
+        "lm",
+        "causal_llm",
+        "espnet_llm_plugin.llm.causal_llm:CausalLLM",
+        "Hugging Face causal LM: trained from scratch, fine-tuned, or as shallow-fusion LM",
+    ),
+)
+
+# Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
+CHOICES = {
+    "model": ("espnet2.tasks.asr", "model_choices"),
+    "encoder": ("espnet2.tasks.asr", "encoder_choices"),
+    "decoder": ("espnet2.tasks.asr", "decoder_choices"),
+    "lm": ("espnet2.tasks.lm", "lm_choices"),
+}
+
+
+def register(kinds: tuple[str, ...] = tuple(CHOICES)) -> None:
+    """Make ESPnet accept our names for ``kinds`` and apply the fixes of :mod:`compat`.
+
+    Must run before ESPnet parses arguments, because it reads its choices then. Idempotent.
+
+    Raises:
+        UserError: Unsupported ESPnet, or ESPnet has another class under one of our names.
+    """
+    compat.check_espnet_version()
+    for entry in ENTRIES:
+        if entry.kind not in kinds:
+            continue
+        module, attribute = CHOICES[entry.kind]
+        choices = getattr(compat.import_quietly(module), attribute)
+        add(choices, entry)
+    compat.import_quietly("espnet2.train.trainer")
+    compat.patch_espnet_trainer()
+
+
+def add(choices, entry: Entry) -> None:
+    """Add one entry to an ESPnet ``ClassChoices``."""
+    cls = entry.load()
+    existing = choices.classes.get(entry.name)
+    if existing is not None and existing is not cls:
+        raise UserError(
+            f"cannot register the {entry.kind} `{entry.name}` as {entry.path}: this ESPnet already "
+            f"has {existing.__module__}.{existing.__qualname__} under that name. Use a version of "
+            f"the plugin made for this ESPnet, or remove the other registration"
+        )
+    if choices.base_type is not None and not issubclass(cls, choices.base_type):
+        raise UserError(f"{entry.path} is not a {choices.base_type.__name__}, as ESPnet expects")
+    choices.classes[entry.name] = cls
+
+
+def table() -> str:
+    """Return all names with their descriptions, one a line."""
+    width = max(len(entry.name) for entry in ENTRIES)
+    return "\n".join(
+        f"{entry.kind:8s} {entry.name:{width}s}  {entry.description}" for entry in ENTRIES
+    )
