@@ -1,0 +1,391 @@
+"""Loading Hugging Face causal language models: by directory or hub id, frozen, checked, identified.
+
+A *hub id* (``Qwen/Qwen2.5-0.5B``) is turned into the local snapshot directory by
+``huggingface_hub`` (downloading it at most once; ``HF_HUB_OFFLINE`` and ``HF_HOME`` are honoured);
+everything else here works on directories.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import re
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Union
+
+import torch
+
+from espnet_llm_plugin.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+# Config entries that say how a file was written, not what the model computes.
+_VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+_SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin"]
+_CAUSAL_HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_BLOCK = 1 << 16
+_BLOCKS_PER_FILE = 64
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and advice of ``transformers`` for the duration of the block."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if progress:
+            hf_logging.enable_progress_bar()
+
+
+def resolve_llm(name_or_dir: Union[str, Path]) -> Path:
+    """Directory that holds the LLM called ``name_or_dir``.
+
+    Args:
+        name_or_dir: A directory, or a hub id such as ``Qwen/Qwen2.5-0.5B``. What looks like a path
+            never goes to the network.
+
+    Raises:
+        UserError: No such directory; an unknown, inaccessible or (offline) uncached hub id.
+    """
+    name = str(name_or_dir)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(
+            f"LLM {name} is a file; expected the directory that holds config.json and the weights."
+        )
+    path_like = (
+        not _HUB_ID.match(name)
+        or name.startswith((".", "~"))
+        # "exp/llm" matches the form of a hub id, but "exp" is a directory here.
+        or ("/" in name and Path(name.split("/")[0]).is_dir())
+    )
+    if path_like:
+        raise UserError(
+            f"LLM directory {name} does not exist (looked in {Path.cwd()}). Give a directory with "
+            "config.json and weights (e.g. written by adapt_vocabulary or export_llm), or a "
+            "Hugging Face hub id such as Qwen/Qwen2.5-0.5B."
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    offline = constants.HF_HUB_OFFLINE
+    hint = (
+        "HF_HUB_OFFLINE is set, so only the local cache was searched: unset it, or download the "
+        "model first (hf download ...) and give its directory."
+        if offline
+        else "Check the spelling, the network, and for gated models that you are logged in "
+        "(hf auth login); or give a local directory."
+    )
+    disable_progress_bars()
+    try:
+        # Safetensors are enough where they exist; a second, pickled copy is not fetched.
+        directory = Path(snapshot_download(hub_id, allow_patterns=_SNAPSHOT_FILES[:-1]))
+        if not list(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(hub_id, allow_patterns=_SNAPSHOT_FILES))
+        return directory
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"LLM {hub_id} is neither a directory nor a model that could be got from the Hugging "
+            f"Face hub ({type(error).__name__}: {reason}). {hint}"
+        ) from None
+    finally:
+        enable_progress_bars()
+
+
+def load_config(directory: Union[str, Path]) -> Any:
+    """The ``PreTrainedConfig`` of an LLM directory, checked to describe a causal LM."""
+    directory = Path(directory)
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"LLM directory {directory} has no config.json; expected a Hugging Face model directory."
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); copy the model again.") from None
+
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{file}: transformers cannot read it as a model configuration ({reason})."
+        ) from None
+    heads = raw.get("architectures") or []
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if (
+        not known
+        or getattr(config, "is_encoder_decoder", False)
+        or (heads and not any(_CAUSAL_HEADS.search(head) for head in heads))
+    ):
+        raise UserError(
+            f"LLM {directory} is not a causal language model (model_type {config.model_type}, "
+            f"architectures {heads or 'not given'}); expected a decoder-only model such as LLaMA, "
+            "Qwen, Gemma, OPT or GPT-2 with its output layer (...ForCausalLM)."
+        )
+    return config
+
+
+def weight_files(directory: Union[str, Path]) -> List[Path]:
+    """The weight files ``from_pretrained`` would read, in a fixed order.
+
+    Raises:
+        UserError: None found, or a file that the index names is missing.
+    """
+    directory = Path(directory)
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        for name in (single, f"{single}.index.json"):
+            file = directory / name
+            if not file.is_file():
+                continue
+            if name == single:
+                return [file]
+            try:
+                shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{file} is not a weight index ({error}).") from None
+            missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+            if missing:
+                raise UserError(
+                    f"LLM directory {directory} lacks {len(missing)} of the {len(shards)} weight "
+                    f"files named in {name}: {', '.join(missing[:3])}. Copy the model again."
+                )
+            return [directory / shard for shard in sorted(shards)]
+    raise UserError(
+        f"LLM directory {directory} has no weights; expected model.safetensors, pytorch_model.bin "
+        "or an index of their parts."
+    )
+
+
+def check_weights(directory: Union[str, Path]) -> None:
+    """Find truncated weight files from their headers, without reading the tensors."""
+    for file in weight_files(directory):
+        size = file.stat().st_size
+        if file.suffix == ".safetensors":
+            expected = _safetensors_size(file, size)
+            if size != expected:
+                raise UserError(
+                    f"{file} is damaged: {size} bytes, its header announces {expected}. The copy "
+                    "or download was cut short; copy the model again."
+                )
+        elif size == 0 or (_starts_as_zip(file) and not zipfile.is_zipfile(file)):
+            raise UserError(
+                f"{file} is damaged: {size} bytes without the end of an archive. The copy or "
+                "download was cut short; copy the model again."
+            )
+
+
+def _starts_as_zip(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _safetensors_size(file: Path, size: int) -> int:
+    # Layout: 8 bytes little-endian header length, JSON header, tensors.
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            return length + 8 if size >= 8 else 8
+        try:
+            header = json.loads(stream.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is damaged: its header is not readable.") from None
+    return 8 + length + max(ends, default=0)
+
+
+def fingerprint(name_or_dir: Union[str, Path]) -> bytes:
+    """32 bytes that identify an LLM by content: its configuration and samples of its weights.
+
+    The configuration counts without the entries that only say how the file was written. Of every
+    weight file count its size, its first bytes (the header names all tensors) and 64 evenly spaced
+    blocks of 64 KiB, so that 140 GB take as long as 1 GB; small files are read whole.
+    """
+    directory = resolve_llm(name_or_dir)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for key in _VOLATILE_CONFIG:
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in weight_files(directory):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with open(file, "rb") as stream:
+            if size <= _BLOCK * _BLOCKS_PER_FILE:
+                digest.update(stream.read())
+                continue
+            for block in range(_BLOCKS_PER_FILE):
+                stream.seek((size - _BLOCK) * block // (_BLOCKS_PER_FILE - 1))
+                digest.update(stream.read(_BLOCK))
+    return digest.digest()
+
+
+def torch_dtype(dtype: str) -> Union[torch.dtype, str]:
+    """``"float32"`` -> ``torch.float32``; ``"auto"`` (as stored) stays."""
+    if dtype not in DTYPES:
+        raise UserError(f"unknown LLM dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def load_causal_lm(
+    name_or_dir: Union[str, Path],
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+) -> Any:
+    """Load a causal LM: eval mode, all parameters frozen.
+
+    Args:
+        name_or_dir: Directory or hub id.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (as stored).
+        attn_implementation: ``sdpa`` (falls back to ``eager`` for families without it) or any name
+            that transformers knows.
+
+    Raises:
+        UserError: Missing, truncated, not a causal LM, or weights that do not fill the model.
+    """
+    directory = resolve_llm(name_or_dir)
+    wanted = torch_dtype(dtype)
+    load_config(directory)
+    check_weights(directory)
+
+    from transformers import AutoModelForCausalLM
+
+    def load(attention: str) -> Any:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=wanted,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+
+    try:
+        try:
+            model, info = load(attn_implementation)
+        except (ValueError, ImportError) as error:
+            if attn_implementation == "eager":
+                raise
+            logging.warning(
+                "%s: no %s attention (%s); using eager attention.",
+                directory,
+                attn_implementation,
+                str(error).split("\n")[0],
+            )
+            model, info = load("eager")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"LLM {directory} cannot be loaded ({type(error).__name__}: {reason})."
+        ) from error
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        # transformers would fill these with random numbers and only log it
+        raise UserError(
+            f"the weights of LLM {directory} lack {len(absent)} tensors of the model, e.g. "
+            f"{', '.join(absent[:3])}; they do not belong to its config.json."
+        )
+    return model.eval().requires_grad_(False)
+
+
+class FrozenLLM:
+    """A causal LM that is used but never trained nor saved.
+
+    Not a :class:`torch.nn.Module` on purpose: held as an attribute of a module it is in nobody's
+    ``parameters()`` or ``state_dict()``. Construction checks the directory (configuration present
+    and causal, weights complete) and costs milliseconds; weights load at the first
+    :meth:`model`, so that ESPnet's ``collect_stats`` never loads them. ``copy.deepcopy`` returns
+    the same object, and pickling drops the weights.
+
+    Args:
+        name_or_dir: Directory or hub id.
+        dtype: See :func:`load_causal_lm`.
+    """
+
+    def __init__(self, name_or_dir: Union[str, Path], dtype: str = "float32"):
+        torch_dtype(dtype)
+        self.name = str(name_or_dir)
+        self.dtype = dtype
+        self.directory = resolve_llm(name_or_dir)
+        self.config = load_config(self.directory)
+        check_weights(self.directory)
+        self._fingerprint: Optional[bytes] = None
+        self._model: Any = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer (may exceed the number of tokens of the tokenizer)."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """See :func:`fingerprint`."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.directory)
+        return self._fingerprint
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    def model(self, device: Union[str, torch.device] = "cpu") -> Any:
+        """The model on ``device``; loads the weights at the first call."""
+        if self._model is None:
+            logging.info("loading LLM %s (%s)", self.name, self.dtype)
+            self._model = load_causal_lm(self.directory, dtype=self.dtype)
+        device = torch.device(device)
+        if self._model.device != device:
+            self._model = self._model.to(device)
+        return self._model
+
+    def check_fingerprint(self, recorded: bytes, where: str) -> None:
+        """Refuse another LLM than the one recorded.
+
+        Args:
+            recorded: 32 bytes from :attr:`fingerprint`.
+            where: What recorded them, for the message.
+        """
+        if bytes(recorded) != self.fingerprint:
+            raise UserError(
+                f"LLM {self.name} (fingerprint {self.fingerprint.hex()[:12]}) is not the one "
+                f"recorded in {where} (fingerprint {bytes(recorded).hex()[:12]}). Give the LLM "
+                "directory that the model was trained with."
+            )
+
+    def __deepcopy__(self, memo: dict) -> "FrozenLLM":
+        memo[id(self)] = self
+        return self
+
+    def __copy__(self) -> "FrozenLLM":
+        return self
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["_model"] = None
+        state["config"] = copy.deepcopy(self.config)
+        return state
+
+    def __repr__(self) -> str:
+        loaded = "loaded" if self.is_loaded else "not loaded"
+        return f"FrozenLLM({self.name!r}, {self.dtype}, {loaded})"
