@@ -6,9 +6,11 @@ has a test in ``tests/test_compat.py``.
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import sys
+import types
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Iterator
@@ -17,9 +19,8 @@ from espnet_llm_plugin.errors import UserError
 
 SUPPORTED_ESPNET = ("202511",)
 
-# Printed by ESPnet's imports although nothing is wrong: optional flash-attn is absent, and the
-# TTS front-end (g2p_en, never used by ASR) tries to download NLTK data.
-_HARMLESS = ("Failed to import Flash Attention", "[nltk_data]")
+# Printed by ESPnet's imports although nothing is wrong: the optional flash-attn is absent.
+_HARMLESS = ("Failed to import Flash Attention",)
 
 
 def check_espnet_version() -> str:
@@ -62,9 +63,31 @@ def quiet_imports() -> Iterator[None]:
 
 
 def import_quietly(module: str):
-    """Import ``module`` under :func:`quiet_imports`."""
+    """Import ``module`` under :func:`quiet_imports` and without the English TTS front-end."""
+    defer_g2p()
     with quiet_imports():
         return importlib.import_module(module)
+
+
+def defer_g2p() -> None:
+    """Let ``g2p_en`` be imported when a phonemiser is made, not whenever ESPnet is imported.
+
+    Every ESPnet task imports it, which costs 2.7 of 9.6 seconds and tries to download NLTK data,
+    with alarming messages when offline. Only ``--g2p g2p_en`` ever uses it.
+    """
+    spec = None if "g2p_en" in sys.modules else importlib.util.find_spec("g2p_en")
+    if spec is None:
+        return
+    stand_in = types.ModuleType("g2p_en")
+    stand_in.__spec__ = spec  # transformers asks whether the package is installed
+
+    def make_g2p():
+        if sys.modules.get("g2p_en") is stand_in:
+            del sys.modules["g2p_en"]
+        return importlib.import_module("g2p_en").G2p()
+
+    stand_in.G2p = make_g2p
+    sys.modules["g2p_en"] = stand_in
 
 
 def patch_espnet_trainer() -> None:

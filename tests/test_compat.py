@@ -32,7 +32,6 @@ def test_missing_espnet_is_named(monkeypatch):
 
 def test_quiet_imports_drops_only_the_harmless_lines(capsys):
     with compat.quiet_imports():
-        print("[nltk_data] Error loading cmudict: <urlopen")
         print("Failed to import Flash Attention, using ESPnet default: x")
         print("something that matters")
         print("also this", file=sys.stderr)
@@ -107,6 +106,21 @@ def test_averaging_fewer_epochs_than_asked_falls_back_to_the_best(epochs):
     compat.patch_espnet_trainer()
     _average(trainer.average_nbest_models, epochs, 10)
     assert (epochs / "valid.loss.ave.pth").resolve().name == "3epoch.pth"
+
+
+def test_g2p_is_imported_when_it_is_used():
+    code = (
+        "import sys\n"
+        "from espnet_llm_plugin.compat import import_quietly\n"
+        "tokenizer = import_quietly('espnet2.text.phoneme_tokenizer')\n"
+        "assert 'nltk' not in sys.modules\n"
+        "try:\n"
+        "    tokenizer.g2p_en.G2p()\n"
+        "except LookupError:\n"
+        "    pass  # offline: the real one looks for its NLTK data\n"
+        "assert 'nltk' in sys.modules and hasattr(sys.modules['g2p_en'], 'g2p')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 class _DiskFull:
