@@ -13,7 +13,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Union
+from typing import Any, Iterator, Optional, Union
 
 import torch
 
@@ -114,7 +114,8 @@ def load_config(directory: Union[str, Path]) -> Any:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(
-            f"LLM directory {directory} has no config.json; expected a Hugging Face model directory."
+            f"LLM directory {directory} has no config.json; expected a Hugging Face model "
+            "directory."
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -147,7 +148,7 @@ def load_config(directory: Union[str, Path]) -> Any:
     return config
 
 
-def weight_files(directory: Union[str, Path]) -> List[Path]:
+def weight_files(directory: Union[str, Path]) -> list[Path]:
     """The weight files ``from_pretrained`` would read, in a fixed order.
 
     Raises:
@@ -389,3 +390,33 @@ class FrozenLLM:
     def __repr__(self) -> str:
         loaded = "loaded" if self.is_loaded else "not loaded"
         return f"FrozenLLM({self.name!r}, {self.dtype}, {loaded})"
+
+
+class LLMIdentity(torch.nn.Module):
+    """Records in a checkpoint which frozen LLM a model was trained with, and checks it at load.
+
+    Its one buffer holds the 32 bytes of the fingerprint as floats: ESPnet's checkpoint averaging
+    adds integer buffers up, while the mean of equal small whole floats is exact (also in half
+    precision).
+
+    Raises:
+        UserError: from ``load_state_dict``, strict or not, when the checkpoint records another LLM
+            or none.
+    """
+
+    def __init__(self, llm: FrozenLLM):
+        super().__init__()
+        self.llm = llm
+        record = torch.tensor(list(llm.fingerprint), dtype=torch.float32)
+        self.register_buffer("fingerprint", record)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = prefix + "fingerprint"
+        if key not in state_dict:
+            raise UserError(
+                f"the checkpoint does not record which LLM it belongs to ({key} is missing); it is "
+                f"not of a model that uses the frozen LLM {self.llm.name}."
+            )
+        recorded = state_dict[key].float().round().clamp(0, 255).to(torch.uint8).cpu()
+        self.llm.check_fingerprint(bytes(recorded.tolist()), f"the checkpoint ({key})")
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -10,7 +10,7 @@ as soon as no prefix that a caller still holds reaches it.
 """
 
 import logging
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 
@@ -26,8 +26,8 @@ class _Pool:
     """Keys and values of single tokens, for all layers. Slot 0 stands for padding."""
 
     def __init__(self) -> None:
-        self.keys: List[Optional[torch.Tensor]] = []  # per layer (S, H, D)
-        self.values: List[Optional[torch.Tensor]] = []
+        self.keys: list[Optional[torch.Tensor]] = []  # per layer (S, H, D)
+        self.values: list[Optional[torch.Tensor]] = []
         self.capacity = _FIRST_CAPACITY
         self._free = list(range(self.capacity - 1, 0, -1))
 
@@ -35,7 +35,7 @@ class _Pool:
     def used(self) -> int:
         return self.capacity - 1 - len(self._free)
 
-    def take(self, count: int) -> List[int]:
+    def take(self, count: int) -> list[int]:
         while len(self._free) < count:
             self._grow()
         return [self._free.pop() for _ in range(count)]
@@ -83,11 +83,11 @@ class PrefixState:
             yield node
             node = node._parent
 
-    def tokens(self) -> List[int]:
+    def tokens(self) -> list[int]:
         """The tokens of the prefix, first to last."""
         return [node.token for node in self._path()][::-1]
 
-    def slots(self) -> List[int]:
+    def slots(self) -> list[int]:
         """Slots of its tokens, first to last."""
         return [node._slot for node in self._path()][::-1]
 
@@ -136,7 +136,7 @@ def _pooled_cache(pool: _Pool, past: torch.Tensor, new: torch.Tensor, num_layers
             values = pool.values[self.layer][past].transpose(1, 2)
             return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
-        def get_mask_sizes(self, query_length: int) -> Tuple[int, int]:
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return past.shape[1] + query_length, 0
 
         def get_seq_length(self) -> int:
@@ -192,7 +192,7 @@ class PrefixLM:
     @torch.no_grad()
     def step(
         self, tokens: Sequence[int], states: Sequence[Optional[PrefixState]]
-    ) -> Tuple[torch.Tensor, List[PrefixState]]:
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
         """Extend each prefix by one token, all in one batched forward.
 
         Args:
@@ -225,8 +225,8 @@ class PrefixLM:
         return self._step(tokens, states)
 
     def _step(
-        self, tokens: List[int], states: Sequence[Optional[PrefixState]]
-    ) -> Tuple[torch.Tensor, List[PrefixState]]:
+        self, tokens: list[int], states: Sequence[Optional[PrefixState]]
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
         device = self.model.device
         # 1. Past slots, padded at the LEFT: the new token is the last column of every row, so the
         #    causal and the sliding-window mask are those of unpadded rows.
@@ -264,8 +264,8 @@ class PrefixLM:
         return output.logits[:, -1].float(), new_states
 
     def _recompute(
-        self, tokens: List[int], states: Sequence[Optional[PrefixState]]
-    ) -> Tuple[torch.Tensor, List[PrefixState]]:
+        self, tokens: list[int], states: Sequence[Optional[PrefixState]]
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
         device = self.model.device
         new_states = [
             PrefixState(self._pool, parent, None, token) for parent, token in zip(states, tokens)
