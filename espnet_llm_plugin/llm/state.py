@@ -49,9 +49,15 @@ class _Pool:
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):
                 if tensor is not None:
-                    grown = tensor.new_zeros((self.capacity, *tensor.shape[1:]))
+                    grown = self._zeros(tensor)
                     grown[:old] = tensor
                     store[layer] = grown
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        # A tensor born in inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            shape = (self.capacity, *like.shape[1:])
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def put(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
         """Store ``keys``, ``values`` (N, H, D) of one layer in ``slots`` (N,)."""
@@ -59,7 +65,7 @@ class _Pool:
             while len(store) <= layer:
                 store.append(None)
             if store[layer] is None:
-                store[layer] = new.new_zeros((self.capacity, *new.shape[1:]))
+                store[layer] = self._zeros(new)
             store[layer][slots] = new
 
 
