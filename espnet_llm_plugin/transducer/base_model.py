@@ -1,0 +1,272 @@
+"""What the RNN-T and the factorized transducer have in common as ESPnet models.
+
+B utterances, T frames, U labels, D encoder width, V tokens (``<blank>`` 0, ``<sos/eos>`` V - 1).
+"""
+
+import logging
+import math
+from abc import abstractmethod
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+from espnet2.asr.espnet_model import ESPnetASRModel
+from espnet2.torch_utils.device_funcs import force_gatherable
+from torch import Tensor
+
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.options import refuse_unknown
+
+# what ASRTask.build_model passes itself
+_PARTS = (
+    "self",
+    "vocab_size",
+    "token_list",
+    "frontend",
+    "specaug",
+    "normalize",
+    "preencoder",
+    "encoder",
+    "postencoder",
+    "decoder",
+    "ctc",
+    "joint_network",
+)
+
+
+class Lattice(NamedTuple):
+    """The utterances of a batch that are trained on, trimmed to their longest."""
+
+    encoder_out: Tensor  # (B, T, D)
+    frame_lengths: Tensor  # (B,)
+    text: Tensor  # (B, U) token ids, padded with 1
+    text_lengths: Tensor  # (B,)
+
+
+class AbsTransducerModel(ESPnetASRModel):
+    """An ESPnet model with a transducer loss, an auxiliary CTC loss and checks of its inputs.
+
+    Subclasses implement :meth:`lattice_nll`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        token_list: Sequence[str],
+        parts: Mapping[str, Any],
+        ctc_weight: float,
+        max_labels_per_frame: float,
+        ignore_id: int,
+        extract_feats_in_collect_stats: bool,
+        unknown: Mapping[str, Any],
+        name: str,
+    ):
+        refuse_unknown(f"model_conf of {name!r}", unknown, type(self).__init__, _PARTS)
+        check_token_list(token_list, vocab_size)
+        if ctc_weight < 0:
+            raise UserError(f"model_conf: ctc_weight must not be negative, got {ctc_weight}")
+        if max_labels_per_frame <= 0:
+            raise UserError(
+                f"model_conf: max_labels_per_frame must be positive, got {max_labels_per_frame}"
+            )
+        super().__init__(
+            vocab_size=vocab_size,
+            token_list=list(token_list),
+            # ESPnet would import warprnnt_pytorch, which cannot be installed today, if it saw a
+            # joint network; and would drop the decoder at ctc_weight 1.
+            joint_network=None,
+            ctc_weight=0.5 if ctc_weight else 0.0,
+            ignore_id=ignore_id,
+            report_cer=False,
+            report_wer=False,
+            extract_feats_in_collect_stats=extract_feats_in_collect_stats,
+            **parts,
+        )
+        del self.criterion_att  # of the attention model that the base class believes this to be
+        self.use_transducer_decoder = True
+        self.ctc_weight = ctc_weight
+        self.max_labels_per_frame = max_labels_per_frame
+        self.further_losses = ["ctc"] if ctc_weight else []
+        self._reported_skips: set[str] = set()
+        self._reported_size = False
+
+    @abstractmethod
+    def lattice_nll(self, batch: Lattice) -> tuple[Tensor, dict[str, Tensor]]:
+        """-log P(text | speech) of each utterance (B,), in nats, and further losses by name.
+
+        A further loss (B,) is named in ``further_losses``, weighted by the attribute
+        ``<name>_weight`` and reported as ``loss_<name>``.
+        """
+
+    def forward(
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, statistics and weight of a batch, as ESPnet's trainer wants them.
+
+        Utterances whose labels outnumber ``max_labels_per_frame`` times their encoder frames are
+        left out, counted (``num_skipped``) and logged once each.
+
+        Args:
+            speech: (B, samples, ...).
+            speech_lengths: (B,).
+            text: (B, U) token ids, padded with -1 or ``ignore_id``.
+            text_lengths: (B,).
+            kwargs: ``utt_id``, the utterances' names.
+        """
+        encoder_out, frame_lengths = self.encode_frames(speech, speech_lengths)
+        keep = self._fits(frame_lengths, text_lengths, kwargs.get("utt_id"))
+        kept = int(keep.sum())
+        skipped = float(keep.numel() - kept)
+        if kept == 0:
+            # zero, with a gradient for every parameter: distributed training expects one of each
+            zero = sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad)
+            loss = encoder_out.sum() * 0.0 + zero
+            # the same statistics as ever: distributed training sums them over processes by name
+            names = ["loss_transducer", "nll_per_label", "num_skipped"]
+            names += [f"loss_{name}" for name in self.further_losses]
+            stats = dict.fromkeys([*names, "loss"], 0.0) | {"num_skipped": skipped}
+            return force_gatherable((loss, stats, 1), loss.device)
+
+        batch = trim(encoder_out, frame_lengths, text, text_lengths, keep)
+        nll, further = self.lattice_nll(batch)
+        loss = nll.mean()
+        stats = {
+            "loss_transducer": loss.detach(),
+            "nll_per_label": (nll.sum() / batch.text_lengths.sum().clamp(min=1)).detach(),
+            "num_skipped": skipped,
+        }
+        if self.ctc_weight:
+            further["ctc"] = self._ctc_nll(batch)
+        for name in self.further_losses:
+            mean = further[name].mean()
+            stats[f"loss_{name}"] = mean.detach()
+            loss = loss + getattr(self, f"{name}_weight") * mean
+        stats["loss"] = loss.detach()
+        return force_gatherable((loss, stats, kept), loss.device)
+
+    def encode_frames(self, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder output (B, T, D) and lengths (B,), without intermediate layers' outputs."""
+        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
+        if isinstance(encoder_out, tuple):
+            encoder_out = encoder_out[0]
+        return encoder_out, frame_lengths
+
+    @torch.no_grad()
+    def utterance_nll(
+        self, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
+    ) -> Tensor:
+        """Exact -log P(text | speech) of each utterance (B,), in nats; nothing is skipped."""
+        encoder_out, frame_lengths = self.encode_frames(speech, speech_lengths)
+        keep = torch.ones_like(frame_lengths, dtype=torch.bool)
+        return self.lattice_nll(trim(encoder_out, frame_lengths, text, text_lengths, keep))[0]
+
+    def _ctc_nll(self, batch: Lattice) -> Tensor:
+        log_probs = self.ctc.log_softmax(batch.encoder_out).float().transpose(0, 1)
+        return torch.nn.functional.ctc_loss(
+            log_probs,
+            batch.text,
+            batch.frame_lengths,
+            batch.text_lengths,
+            blank=self.blank_id,
+            reduction="none",
+            zero_infinity=True,  # repeated labels need more frames than labels
+        )
+
+    def _fits(
+        self, frame_lengths: Tensor, text_lengths: Tensor, utt_ids: Optional[Sequence[str]]
+    ) -> Tensor:
+        """(B,) whether the lattice is wide enough for the labels; logs those that are not."""
+        frame_lengths = frame_lengths.to(text_lengths.device)
+        fits = (frame_lengths > 0) & (text_lengths <= self.max_labels_per_frame * frame_lengths)
+        for i in (~fits).nonzero()[:, 0].tolist():
+            name = utt_ids[i] if utt_ids is not None else "(unnamed utterance)"
+            if name not in self._reported_skips:
+                self._reported_skips.add(name)
+                logging.warning(
+                    f"skipped {name}: {int(text_lengths[i])} labels but only "
+                    f"{int(frame_lengths[i])} encoder frames (model_conf max_labels_per_frame: "
+                    f"{self.max_labels_per_frame}); is its transcript right?"
+                )
+        return fits
+
+    def _report_size(self, what: str, shape: Sequence[int], bytes_per_value: int) -> None:
+        """Log once, before it is built, how large the largest tensor of the loss is."""
+        if self.training and not self._reported_size:
+            self._reported_size = True
+            gib = math.prod(shape) * bytes_per_value / 2**30
+            logging.info(
+                f"first batch: {what} {' x '.join(map(str, shape))}, {gib:.3g} GiB in float32 "
+                "(several times that with gradients); lower batch_bins if this does not fit"
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any):
+        """Load a checkpoint, refusing an incomplete or foreign one even if ``strict`` is False.
+
+        ESPnet's inference loads with ``strict=False``, which leaves tensors that the checkpoint
+        lacks at their random initial values.
+
+        Raises:
+            UserError: tensors are missing or have another shape, or the checkpoint was trained
+                with another LLM.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in state_dict]
+        if missing:
+            raise UserError(
+                f"the checkpoint lacks {len(missing)} of the model's {len(own)} tensors: "
+                f"{_some(missing)}. Is it of another model or predictor than the configuration's? "
+                "(to start training from parts of a checkpoint use --init_param)"
+            )
+        wrong = [
+            f"{key} (checkpoint {tuple(state_dict[key].shape)}, model {tuple(own[key].shape)})"
+            for key in own
+            if state_dict[key].shape != own[key].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} of the checkpoint's tensors have another shape than the model's: "
+                f"{_some(wrong)}. Are configuration and token list ({self.vocab_size} tokens) "
+                "those of the checkpoint?"
+            )
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def _some(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def check_token_list(token_list: Sequence[str], vocab_size: int) -> None:
+    """Raise :class:`UserError` unless blank is first, sos/eos last, and the size right."""
+    if len(token_list) != vocab_size:
+        raise UserError(
+            f"the token list has {len(token_list)} tokens, but the model was built for {vocab_size}"
+        )
+    if token_list[0] != "<blank>" or token_list[-1] != "<sos/eos>":
+        raise UserError(
+            "the token list must begin with <blank> and end with <sos/eos>, but begins with "
+            f"{token_list[0]!r} and ends with {token_list[-1]!r}"
+        )
+
+
+def trim(
+    encoder_out: Tensor, frame_lengths: Tensor, text: Tensor, text_lengths: Tensor, keep: Tensor
+) -> Lattice:
+    """Keep the chosen utterances (B,), cut padding, and make padded token ids valid."""
+    device = encoder_out.device
+    keep = keep.to(device).nonzero()[:, 0]
+    frame_lengths = frame_lengths.to(device)[keep]
+    text_lengths = text_lengths.to(device)[keep]
+    # the lattice needs at least one column of labels, even if all transcripts are empty
+    max_labels = max(int(text_lengths.max()), 1)
+    text = torch.nn.functional.pad(text.to(device)[keep], (0, 1), value=1)[:, :max_labels]
+    inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
+    return Lattice(
+        encoder_out=encoder_out[keep, : int(frame_lengths.max())],
+        frame_lengths=frame_lengths,
+        text=text.masked_fill(~inside, 1),
+        text_lengths=text_lengths,
+    )
