@@ -1,0 +1,502 @@
+#!/usr/bin/env bash
+# Recognisers with LLMs, stage by stage, with the stage numbers, options and directories of ESPnet's
+# asr.sh; needs no Kaldi, no Perl and no ESPnet checkout. Run it from a recipe directory.
+#
+#   stage  1  prepare data            local/data.sh -> data/<set>/{wav.scp,text,utt2spk}
+#   stage  2  speed perturbation      data/<train_set>_sp
+#   stage  3  format the audio        dump/raw/<set>
+#   stage  4  filter by length        dump/raw/<set>
+#   stage  5  token list              data/token_list/<token_type>
+#   stage  6  adapt the LLM's vocabulary to the token list; LM statistics
+#   stage  7  train or fine-tune the LM, export it as a Hugging Face directory <lm_exp>/llm
+#   stage  8  perplexity of the LM
+#   stage 10  ASR statistics
+#   stage 11  train the recogniser
+#   stage 12  decode (with scales tuned on the valid set if --tune_config is given)
+#   stage 13  score
+#
+# A finished stage leaves a mark and is not redone; a killed one continues when it is run again.
+# Changed options make cheap stages run again, and are refused for trained models: give another tag.
+#
+# Options (`--name value`), with their defaults:
+# OPTIONS
+stage=1                   # First stage to run
+stop_stage=13             # Last stage to run
+ngpu=0                    # GPUs for training (0: CPU); decoding uses one if this is not 0
+nj=4                      # Parallel jobs for preparing data and collecting statistics
+inference_nj=4            # Parallel decoding jobs
+dumpdir=dump              # Formatted data
+expdir=exp                # Models, logs, results
+python=python3            # Python that has espnet_llm_plugin installed
+train_set=train           # Name of the training set
+valid_set=dev             # Name of the validation set
+test_sets="test"          # Names of the evaluation sets
+local_data_opts=          # Options passed to local/data.sh
+speed_perturb_factors=    # Speed factors, e.g. "0.9 1.0 1.1"; empty: none
+audio_format=flac         # flac or wav
+fs=16000                  # Sampling rate in Hz
+min_wav_duration=0.1      # Shorter training utterances are dropped (seconds)
+max_wav_duration=30       # Longer training utterances are dropped (seconds)
+drop_bad=false            # Drop broken utterances, counting and listing them, instead of stopping
+token_type=bpe            # bpe, char or word
+nbpe=500                  # Pieces of the bpe token list
+bpemode=unigram           # unigram or bpe
+bpe_char_cover=1.0        # Character coverage of the bpe token list
+bpe_train_text=           # Text to train the pieces on (default: the training transcripts)
+token_listdir=data/token_list  # Where token lists are kept
+use_lm=false              # Run stages 6-8
+lm_tag=                   # Name of the LM experiment (default: from lm_config)
+lm_config=                # LM training configuration; empty: the adapted LLM is used as it is
+lm_args=                  # More options for espnet2.bin.lm_train
+lm_train_text=            # LM training text, `id sentence` lines (default: training transcripts)
+lm_dev_text=              # LM validation text (default: transcripts of the valid set)
+lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
+llm=                      # Pretrained LLM to adapt: Hugging Face directory or hub id
+oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
+asr_tag=                  # Name of the ASR experiment (default: from asr_config)
+asr_config=               # ASR training configuration
+asr_args=                 # More options for espnet2.bin.asr_train
+asr_stats_dir=            # Feature statistics (default: <expdir>/asr_stats_raw_<token list>)
+feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
+ctc_init=                 # Trained CTC experiment directory to start a transducer from
+pretrained_model=         # More initial values, in ESPnet's --init_param form
+ignore_init_mismatch=false  # Passed to ESPnet
+inference_config=         # Decoding configuration
+inference_args=           # More options for espnet_llm_plugin.bin.asr_inference
+inference_tag=            # Name of the decoding (default: from the configuration and arguments)
+inference_asr_model=valid.loss.ave.pth  # ASR checkpoint to decode
+inference_lm=             # Trained LM experiment directory for shallow fusion
+inference_lm_model=valid.loss.ave.pth  # LM checkpoint for shallow fusion
+swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
+tune_config=              # Grid of scales to try on the valid set, as a YAML file
+# END
+set -euo pipefail
+
+usage() {
+    sed -n -e '2,/^# OPTIONS/p' "$0" | sed -e 's/^# \{0,1\}//' -e '/^OPTIONS/d'
+    sed -n -e '/^# OPTIONS/,/^# END/p' "$0" | grep -v '^# ' |
+        sed -E 's/^([a-z_]+)=("[^"]*"|[^ ]*) *# (.*)/  --\1 [\2]|\3/' | column -t -s '|'
+}
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') ($(basename "$0")) $*"; }
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+options=" $(sed -n '/^# OPTIONS/,/^# END/{s/^\([a-z_]*\)=.*/\1/p}' "${BASH_SOURCE[0]}" | tr '\n' ' ')"
+run_args="$*"
+while [ $# -gt 0 ]; do
+    name=${1#--}
+    name=${name//-/_}
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --*) [[ ${options} == *" ${name} "* ]] || die "unknown option $1; see $0 --help" ;;
+        *) die "expected an option, got '$1'; see $0 --help" ;;
+    esac
+    [ $# -ge 2 ] || die "option $1 needs a value"
+    printf -v "${name}" '%s' "$2"
+    shift 2
+done
+log "$0 ${run_args}"
+
+# shellcheck source-path=SCRIPTDIR
+. "${here}/path.sh"
+# shellcheck source-path=SCRIPTDIR
+. "${here}/cmd.sh"
+plugin() { "${python}" -m espnet_llm_plugin "$@"; }
+tool() {
+    local name=$1
+    shift
+    "${python}" -m "espnet_llm_plugin.bin.${name}" "$@"
+}
+
+runs() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+
+# --- marks of finished work -------------------------------------------------------------------
+# A mark holds a checksum of what the work was made from: files by content, options by value.
+checksum() {
+    local argument
+    for argument in "$@"; do
+        if [ -f "${argument}" ]; then cat "${argument}"; else echo "${argument}"; fi
+    done | sha256sum | cut -d ' ' -f 1
+}
+is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
+mark_done() { echo "$2" > "$1.partial" && mv "$1.partial" "$1"; }
+# A trained model that was made from something else is never overwritten silently.
+refuse_other() {
+    if [ -f "$1/.begun" ] && [ "$(cat "$1/.begun")" != "$2" ]; then
+        die "$1 was trained with other options, configuration or data." \
+            "Give another $3, or remove the directory to train it again"
+    fi
+    mkdir -p "$1"
+    mark_done "$1/.begun" "$2"
+}
+# Training may print for hours: keep all of it in a log, and show the end of it on failure.
+logged() {
+    local file=$1
+    shift
+    log "log: ${file}"
+    if ! "$@" >> "${file}" 2>&1; then
+        echo "error: $* failed; the end of ${file}:" >&2
+        tail -n 15 "${file}" >&2
+        return 2
+    fi
+}
+
+# --- names ------------------------------------------------------------------------------------
+data_feats=${dumpdir}/raw
+[ -z "${speed_perturb_factors}" ] || train_set_sp=${train_set}_sp
+train_set_sp=${train_set_sp:-${train_set}}
+case ${token_type} in
+    bpe)
+        token_dir=${token_listdir}/bpe_${bpemode}${nbpe}
+        bpemodel=${token_dir}/bpe.model
+        token_name=bpe${nbpe}
+        ;;
+    char | word)
+        token_dir=${token_listdir}/${token_type}
+        bpemodel=none
+        token_name=${token_type}
+        ;;
+    *) die "--token_type is '${token_type}'; expected bpe, char or word" ;;
+esac
+token_list=${token_dir}/tokens.txt
+lm_train_text=${lm_train_text:-${data_feats}/${train_set_sp}/text}
+lm_dev_text=${lm_dev_text:-${data_feats}/${valid_set}/text}
+lm_test_text=${lm_test_text:-${lm_dev_text}}
+config_name() { basename "${1%.yaml}"; }
+if [ -z "${lm_tag}" ]; then
+    lm_tag=$(config_name "${lm_config:-adapted.yaml}")_${token_name}
+fi
+lm_exp=${expdir}/lm_${lm_tag}
+lm_stats_dir=${expdir}/lm_stats_${lm_tag}
+if [ -z "${asr_tag}" ]; then
+    asr_tag=$(config_name "${asr_config:-default.yaml}")_raw_${token_name}
+    [ -z "${speed_perturb_factors}" ] || asr_tag=${asr_tag}_sp
+fi
+asr_exp=${expdir}/asr_${asr_tag}
+if [ -z "${asr_stats_dir}" ]; then
+    asr_stats_dir=${expdir}/asr_stats_raw_${token_name}
+    [ -z "${speed_perturb_factors}" ] || asr_stats_dir=${asr_stats_dir}_sp
+fi
+if [ -z "${inference_tag}" ]; then
+    inference_tag=decode
+    [ -z "${inference_config}" ] || inference_tag+=_$(config_name "${inference_config}")
+    [ -z "${inference_args}" ] ||
+        inference_tag+=$(echo "${inference_args}" | sed -e 's/--/_/g' -e 's/[ |=/]//g')
+    [ -z "${inference_lm}" ] || inference_tag+=_$(basename "${inference_lm}")
+    [ -z "${swap_llm}" ] || inference_tag+=_swap
+fi
+
+# --- data ---------------------------------------------------------------------------------------
+if runs 1; then
+    log "stage 1: data preparation"
+    # shellcheck disable=SC2086
+    local/data.sh ${local_data_opts}
+fi
+
+if runs 2 && [ -n "${speed_perturb_factors}" ]; then
+    log "stage 2: speed perturbation by ${speed_perturb_factors}"
+    # shellcheck disable=SC2086
+    tool perturb_data_dir_speed --factors ${speed_perturb_factors} \
+        "data/${train_set}" "data/${train_set_sp}"
+fi
+
+if runs 3; then
+    log "stage 3: format the audio into ${data_feats}"
+    for name in $(echo "${train_set_sp} ${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
+        [ -d "data/${name}" ] || die "there is no data/${name}: run stage 1, or give its name right"
+        target=${data_feats}/org/${name}
+        [ "${name}" = "${train_set_sp}" ] || [ "${name}" = "${valid_set}" ] ||
+            target=${data_feats}/${name}
+        tool format_data_dir --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
+            --drop_bad "${drop_bad}" "data/${name}" "${target}"
+    done
+fi
+
+if runs 4; then
+    log "stage 4: filter by length: ${min_wav_duration} to ${max_wav_duration} s"
+    for name in "${train_set_sp}" "${valid_set}"; do
+        tool filter_data_dir --min_duration "${min_wav_duration}" \
+            --max_duration "${max_wav_duration}" \
+            "${data_feats}/org/${name}" "${data_feats}/${name}"
+    done
+fi
+
+if runs 5; then
+    log "stage 5: token list ${token_list}"
+    text=${bpe_train_text:-${data_feats}/${train_set_sp}/text}
+    [ -f "${text}" ] || die "there is no ${text} to make tokens from: run the earlier stages"
+    mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}")
+    if is_done "${token_dir}/.done" "${mark}"; then
+        log "already done"
+    else
+        tool make_token_list --token_type "${token_type}" --nbpe "${nbpe}" \
+            --bpemode "${bpemode}" --character_coverage "${bpe_char_cover}" \
+            --text "${text}" --output_dir "${token_dir}"
+        mark_done "${token_dir}/.done" "${mark}"
+    fi
+fi
+
+# --- language model -----------------------------------------------------------------------------
+need_tokens() { [ -f "${token_list}" ] || die "there is no ${token_list}: run stage 5"; }
+lm_common="--token_type ${token_type} --bpemodel ${bpemodel} --token_list ${token_list}
+    --use_preprocessor true --non_linguistic_symbols none --cleaner none --g2p none"
+lm_llm_args=""
+[ -z "${llm}" ] || lm_llm_args="--lm_conf llm=${lm_exp}/adapted"
+
+if "${use_lm}" && runs 6; then
+    need_tokens
+    if [ -n "${llm}" ]; then
+        log "stage 6: adapt ${llm} to ${token_list}"
+        mark=$(checksum "${token_list}" "${llm}" "${llm}/config.json" "${oov_init}")
+        if is_done "${lm_exp}/.adapted" "${mark}"; then
+            log "already done"
+        else
+            mkdir -p "${lm_exp}"
+            rm -rf "${lm_exp}/adapted"
+            adapt_args=""
+            [ "${bpemodel}" = none ] || adapt_args="--bpemodel ${bpemodel}"
+            # shellcheck disable=SC2086
+            tool adapt_vocabulary --llm "${llm}" --token_list "${token_list}" ${adapt_args} \
+                --oov_init "${oov_init}" --text "${lm_dev_text}" --output_dir "${lm_exp}/adapted"
+            mark_done "${lm_exp}/.adapted" "${mark}"
+        fi
+    fi
+    if [ -n "${lm_config}" ]; then
+        log "stage 6: LM statistics in ${lm_stats_dir}"
+        mark=$(checksum "${lm_train_text}" "${lm_dev_text}" "${token_list}" "${token_type}")
+        if is_done "${lm_stats_dir}/.done" "${mark}"; then
+            log "already done"
+        else
+            tool split_keys --nj "${nj}" "${lm_train_text}" "${lm_stats_dir}/logdir/train.JOB.scp"
+            tool split_keys --nj "${nj}" "${lm_dev_text}" "${lm_stats_dir}/logdir/dev.JOB.scp"
+            # shellcheck disable=SC2086
+            run_jobs "${nj}" "${lm_stats_dir}/logdir/stats.JOB.log" \
+                plugin -m espnet2.bin.lm_train --collect_stats true ${lm_common} ${lm_llm_args} \
+                --train_data_path_and_name_and_type "${lm_train_text},text,text" \
+                --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
+                --train_shape_file "${lm_stats_dir}/logdir/train.JOB.scp" \
+                --valid_shape_file "${lm_stats_dir}/logdir/dev.JOB.scp" \
+                --output_dir "${lm_stats_dir}/logdir/stats.JOB" --config "${lm_config}" ${lm_args} \
+                --batch_type unsorted --batch_size 512 --ngpu 0
+            input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${nj}")
+            # shellcheck disable=SC2086
+            plugin -m espnet2.bin.aggregate_stats_dirs --skip_sum_stats ${input_dirs} \
+                --output_dir "${lm_stats_dir}"
+            for name in train valid; do
+                sed "s/\$/,$(wc -l < "${token_list}")/" "${lm_stats_dir}/${name}/text_shape" \
+                    > "${lm_stats_dir}/${name}/text_shape.${token_type}"
+            done
+            mark_done "${lm_stats_dir}/.done" "${mark}"
+        fi
+    fi
+fi
+
+if "${use_lm}" && runs 7; then
+    need_tokens
+    if [ -z "${lm_config}" ]; then
+        [ -n "${llm}" ] || die "stage 7 needs --lm_config to train an LM, or --llm to use one as it is"
+        log "stage 7: no --lm_config: the adapted LLM is used without fine-tuning"
+        ln -sfn adapted "${lm_exp}/llm"
+    else
+        log "stage 7: LM training in ${lm_exp}"
+        adapted_mark=$(cat "${lm_exp}/.adapted" 2> /dev/null || true)
+        mark=$(checksum "${lm_config}" "${lm_args}" "${lm_train_text}" "${lm_dev_text}" \
+            "${token_list}" "${adapted_mark}")
+        if is_done "${lm_exp}/.done" "${mark}"; then
+            log "already done"
+        else
+            refuse_other "${lm_exp}" "${mark}" --lm_tag
+            seconds=${SECONDS}
+            # shellcheck disable=SC2086
+            logged "${lm_exp}/train.log" plugin -m espnet2.bin.lm_train ${lm_common} \
+                ${lm_llm_args} --ngpu "${ngpu}" --resume true \
+                --train_data_path_and_name_and_type "${lm_train_text},text,text" \
+                --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
+                --train_shape_file "${lm_stats_dir}/train/text_shape.${token_type}" \
+                --valid_shape_file "${lm_stats_dir}/valid/text_shape.${token_type}" \
+                --fold_length 150 --output_dir "${lm_exp}" --config "${lm_config}" ${lm_args}
+            rm -rf "${lm_exp}/llm"
+            tool export_llm --lm_train_config "${lm_exp}/config.yaml" \
+                --lm_file "${lm_exp}/valid.loss.ave.pth" --output_dir "${lm_exp}/llm"
+            echo "{\"seconds\": $((SECONDS - seconds))}" > "${lm_exp}/time.json"
+            mark_done "${lm_exp}/.done" "${mark}"
+        fi
+    fi
+fi
+
+if "${use_lm}" && runs 8 && [ -n "${lm_config}" ]; then
+    log "stage 8: perplexity of ${lm_test_text}"
+    mark=$(checksum "${lm_test_text}" "$(cat "${lm_exp}/.done")")
+    if is_done "${lm_exp}/perplexity_test/.done" "${mark}"; then
+        log "already done"
+    else
+        # shellcheck disable=SC2086
+        run_jobs 1 "${lm_exp}/perplexity_test/lm_calc_perplexity.JOB.log" \
+            plugin -m espnet2.bin.lm_calc_perplexity --ngpu "${ngpu}" --batch_size 64 \
+            --data_path_and_name_and_type "${lm_test_text},text,text" \
+            --train_config "${lm_exp}/config.yaml" --model_file "${lm_exp}/valid.loss.ave.pth" \
+            --output_dir "${lm_exp}/perplexity_test"
+        mark_done "${lm_exp}/perplexity_test/.done" "${mark}"
+    fi
+    log "perplexity per token: $(cat "${lm_exp}/perplexity_test/ppl")"
+fi
+
+# --- recogniser ---------------------------------------------------------------------------------
+asr_train_dir=${data_feats}/${train_set_sp}
+asr_valid_dir=${data_feats}/${valid_set}
+asr_common="--use_preprocessor true --token_type ${token_type} --bpemodel ${bpemodel}
+    --token_list ${token_list} --non_linguistic_symbols none --cleaner none --g2p none
+    --train_data_path_and_name_and_type ${asr_train_dir}/wav.scp,speech,sound
+    --train_data_path_and_name_and_type ${asr_train_dir}/text,text,text
+    --valid_data_path_and_name_and_type ${asr_valid_dir}/wav.scp,speech,sound
+    --valid_data_path_and_name_and_type ${asr_valid_dir}/text,text,text"
+
+if runs 10; then
+    need_tokens
+    [ -n "${asr_config}" ] || die "stage 10 needs --asr_config"
+    log "stage 10: ASR statistics in ${asr_stats_dir}"
+    mark=$(checksum "${asr_train_dir}/wav.scp" "${asr_train_dir}/text" "${asr_valid_dir}/wav.scp" \
+        "${asr_valid_dir}/text" "${token_list}" \
+        "$(awk '/^[^ ]/ {keep = /^frontend/} keep' "${asr_config}")")
+    if is_done "${asr_stats_dir}/.done" "${mark}"; then
+        log "already done"
+    else
+        tool split_keys --nj "${nj}" "${asr_train_dir}/wav.scp" \
+            "${asr_stats_dir}/logdir/train.JOB.scp"
+        tool split_keys --nj "${nj}" "${asr_valid_dir}/wav.scp" \
+            "${asr_stats_dir}/logdir/valid.JOB.scp"
+        # shellcheck disable=SC2086
+        run_jobs "${nj}" "${asr_stats_dir}/logdir/stats.JOB.log" \
+            plugin -m espnet2.bin.asr_train --collect_stats true ${asr_common} \
+            --train_shape_file "${asr_stats_dir}/logdir/train.JOB.scp" \
+            --valid_shape_file "${asr_stats_dir}/logdir/valid.JOB.scp" \
+            --output_dir "${asr_stats_dir}/logdir/stats.JOB" --config "${asr_config}" ${asr_args} \
+            --batch_type unsorted --batch_size 16 --ngpu 0
+        input_dirs=$(seq -f "--input_dir ${asr_stats_dir}/logdir/stats.%g" "${nj}")
+        # shellcheck disable=SC2086
+        plugin -m espnet2.bin.aggregate_stats_dirs ${input_dirs} --output_dir "${asr_stats_dir}"
+        for name in train valid; do
+            sed "s/\$/,$(wc -l < "${token_list}")/" "${asr_stats_dir}/${name}/text_shape" \
+                > "${asr_stats_dir}/${name}/text_shape.${token_type}"
+        done
+        mark_done "${asr_stats_dir}/.done" "${mark}"
+    fi
+fi
+
+if runs 11; then
+    need_tokens
+    [ -n "${asr_config}" ] || die "stage 11 needs --asr_config"
+    log "stage 11: ASR training in ${asr_exp}"
+    init_args=""
+    init_marks=""
+    if [ -n "${ctc_init}" ]; then
+        [ -f "${ctc_init}/.done" ] || die "--ctc_init ${ctc_init} is not a finished training"
+        init_args=$(tool ctc_init --ctc "${ctc_init}/valid.loss.ave.pth" --config "${asr_config}")
+        init_marks=$(cat "${ctc_init}/.done")
+    fi
+    [ -z "${pretrained_model}" ] || init_args+=" ${pretrained_model}"
+    [ -z "${init_args}" ] || init_args="--init_param ${init_args}"
+    normalize_args="--normalize ${feats_normalize}"
+    [ "${feats_normalize}" != global_mvn ] ||
+        normalize_args+=" --normalize_conf stats_file=${asr_stats_dir}/train/feats_stats.npz"
+    [ -f "${asr_stats_dir}/.done" ] || die "there are no statistics in ${asr_stats_dir}: run stage 10"
+    mark=$(checksum "${asr_config}" "${asr_args}" "${init_args}" "${init_marks}" \
+        "${normalize_args}" "$(cat "${asr_stats_dir}/.done")")
+    if is_done "${asr_exp}/.done" "${mark}"; then
+        log "already done"
+    else
+        refuse_other "${asr_exp}" "${mark}" --asr_tag
+        seconds=${SECONDS}
+        # shellcheck disable=SC2086
+        logged "${asr_exp}/train.log" plugin -m espnet2.bin.asr_train ${asr_common} \
+            ${normalize_args} --ngpu "${ngpu}" --resume true \
+            --ignore_init_mismatch "${ignore_init_mismatch}" ${init_args} \
+            --train_shape_file "${asr_stats_dir}/train/speech_shape" \
+            --train_shape_file "${asr_stats_dir}/train/text_shape.${token_type}" \
+            --valid_shape_file "${asr_stats_dir}/valid/speech_shape" \
+            --valid_shape_file "${asr_stats_dir}/valid/text_shape.${token_type}" \
+            --fold_length 80000 --fold_length 150 \
+            --output_dir "${asr_exp}" --config "${asr_config}" ${asr_args}
+        echo "{\"seconds\": $((SECONDS - seconds))}" > "${asr_exp}/time.json"
+        mark_done "${asr_exp}/.done" "${mark}"
+    fi
+fi
+
+model_args="--asr_train_config ${asr_exp}/config.yaml --asr_model_file ${asr_exp}/${inference_asr_model}"
+[ -z "${swap_llm}" ] || model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
+[ -z "${inference_lm}" ] || model_args+=" --lm_train_config ${inference_lm}/config.yaml
+    --lm_file ${inference_lm}/${inference_lm_model}"
+decode_dir=${asr_exp}/${inference_tag}
+decode_mark() {
+    checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
+        "${inference_lm:-none}/.done" "${inference_lm_model}" "${swap_llm:-none}/config.json" \
+        "${swap_llm}" "${tune_config}" "$@"
+}
+
+if runs 12; then
+    log "stage 12: decoding into ${decode_dir}"
+    [ -f "${asr_exp}/.done" ] || die "${asr_exp} is not a finished training: run stage 11"
+    inference_gpu=$((ngpu > 0 ? 1 : 0))
+    config_args=""
+    [ -z "${inference_config}" ] || config_args="--config ${inference_config}"
+    if [ -n "${tune_config}" ]; then
+        mark=$(decode_mark "${asr_valid_dir}/wav.scp" "${asr_valid_dir}/text")
+        if is_done "${decode_dir}/tune/.done" "${mark}"; then
+            log "scales already tuned"
+        else
+            log "tuning the scales on ${valid_set}"
+            mkdir -p "${decode_dir}/tune"
+            # shellcheck disable=SC2086
+            logged "${decode_dir}/tune/tune.log" tool tune_scales ${model_args} \
+                --config "${tune_config}" --nj "${inference_nj}" --ngpu "${inference_gpu}" \
+                --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
+                --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune"
+            mark_done "${decode_dir}/tune/.done" "${mark}"
+        fi
+        config_args+=" --config ${decode_dir}/tune/best.yaml"
+    fi
+    for name in $(echo "${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
+        directory=${decode_dir}/${name}
+        mark=$(decode_mark "${data_feats}/${name}/wav.scp")
+        if is_done "${directory}/.done" "${mark}"; then
+            log "${name} already decoded"
+            continue
+        fi
+        keys=$(wc -l < "${data_feats}/${name}/wav.scp")
+        jobs=$((inference_nj < keys ? inference_nj : keys))
+        rm -rf "${directory}"
+        tool split_keys --nj "${jobs}" "${data_feats}/${name}/wav.scp" \
+            "${directory}/logdir/keys.JOB.scp"
+        # shellcheck disable=SC2086
+        run_jobs "${jobs}" "${directory}/logdir/asr_inference.JOB.log" \
+            tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" \
+            --data_path_and_name_and_type "${data_feats}/${name}/wav.scp,speech,sound" \
+            --key_file "${directory}/logdir/keys.JOB.scp" \
+            --output_dir "${directory}/logdir/output.JOB" ${inference_args}
+        for file in token token_int score text; do
+            for job in $(seq "${jobs}"); do
+                cat "${directory}/logdir/output.${job}/1best_recog/${file}"
+            done | LC_ALL=C sort -k1,1 > "${directory}/${file}"
+        done
+        mark_done "${directory}/.done" "${mark}"
+    done
+fi
+
+if runs 13; then
+    log "stage 13: scoring"
+    token_args="--token_list ${token_list}"
+    [ "${bpemodel}" = none ] || token_args+=" --bpemodel ${bpemodel}"
+    for name in $(echo "${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
+        [ -f "${decode_dir}/${name}/.done" ] || die "${decode_dir}/${name} is not decoded: run stage 12"
+        # shellcheck disable=SC2086
+        tool score --ref "${data_feats}/${name}/text" --hyp "${decode_dir}/${name}/text" \
+            --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} --token_type "${token_type}" \
+            --output_dir "${decode_dir}/${name}"
+    done
+fi
+log "finished"

@@ -1,0 +1,53 @@
+"""Which parts of a CTC checkpoint go where."""
+
+import pytest
+
+from espnet_llm_plugin.bin import ctc_init as command
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.ctc_init import init_params
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "ctc.pth").touch()
+    return str(tmp_path / "ctc.pth")
+
+
+def test_factorized_transducer(checkpoint):
+    assert init_params(checkpoint, {"model": "factorized_transducer"}) == [
+        f"{checkpoint}:encoder:encoder",
+        f"{checkpoint}:ctc.ctc_lo:decoder.acoustic_output",
+    ]
+
+
+def test_rnnt_with_auxiliary_ctc(checkpoint):
+    config = {"model": "transducer", "model_conf": {"acoustic_residual": True, "ctc_weight": 0.3}}
+    assert init_params(checkpoint, config) == [
+        f"{checkpoint}:encoder:encoder",
+        f"{checkpoint}:ctc.ctc_lo:joint_network.acoustic_output",
+        f"{checkpoint}:ctc:ctc",
+    ]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model": "espnet"}, "model: espnet"),
+        ({}, "model: espnet"),
+        ({"model": "transducer"}, "acoustic_residual: true"),
+    ],
+)
+def test_refusals(checkpoint, config, message):
+    with pytest.raises(UserError, match=message):
+        init_params(checkpoint, config)
+
+
+def test_missing_checkpoint():
+    with pytest.raises(UserError, match="no CTC checkpoint /nowhere"):
+        init_params("/nowhere/x.pth", {"model": "factorized_transducer"})
+
+
+def test_command_prints_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: factorized_transducer\nmodel_conf: {ctc_weight: 0.1}")
+    command.main(["--ctc", checkpoint, "--config", str(tmp_path / "c.yaml")])
+    assert len(capsys.readouterr().out.split()) == 3
