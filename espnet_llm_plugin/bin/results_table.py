@@ -1,0 +1,49 @@
+"""Compare scored systems: one table, paired bootstrap, RESULTS.md, a plot."""
+
+import argparse
+from typing import Optional, Sequence
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.scoring import results as results_module
+from espnet_llm_plugin.scoring.bootstrap import RESAMPLES
+from espnet_llm_plugin.scoring.plots import plot_error_rates
+from espnet_llm_plugin.scoring.results import load_results
+from espnet_llm_plugin.scoring.results_page import results_markdown, summary_text
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet_llm_plugin.bin.results_table",
+        description=f"{__doc__}\n\n{results_module.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file as described above")
+    parser.add_argument("--output", help="RESULTS.md to write")
+    parser.add_argument("--plot", help="PNG to write: WER with 95 %% intervals")
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default {RESAMPLES})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    args = get_parser().parse_args(cmd)
+    results = load_results(args.config)
+    if args.plot:
+        plot_error_rates(results, args.plot)
+    if args.output:
+        page = results_markdown(results, args.resamples, args.seed)
+        with atomic_write(args.output) as stream:
+            stream.write(page)
+    print(summary_text(results, args.resamples, args.seed), end="")
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,67 @@
+"""A picture of the systems' error rates."""
+
+import io
+from pathlib import Path
+from typing import Union
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.scoring.results import Results
+from espnet_llm_plugin.scoring.units import WER
+
+
+def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
+    """Draw the test WER of each system with its 95 % interval; write a PNG.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
+
+    tests = results.tests()
+    systems = results.systems
+    figure = Figure(figsize=(8, 1.2 + (0.28 * len(tests) + 0.16) * len(systems)), dpi=150)
+    axes = figure.subplots()
+    height = 0.8 / len(tests)
+    colors = [f"C{n}" for n in range(len(tests))]
+    right = 0.0
+    for number, test in enumerate(tests):
+        for row, system in enumerate(systems):
+            if test not in system.tests:
+                continue
+            rate = system.tests[test].rates[WER]
+            wer = rate.summary.rate
+            where = row - 0.4 + height * (number + 0.5)
+            label = (
+                test if row == min(r for r, s in enumerate(systems) if test in s.tests) else None
+            )
+            axes.barh(where, wer, 0.9 * height, color=colors[number], alpha=0.75, label=label)
+            axes.errorbar(
+                wer,
+                where,
+                xerr=[[max(wer - rate.low, 0)], [max(rate.high - wer, 0)]],
+                color="black",
+                capsize=3,
+                linewidth=1,
+            )
+            axes.annotate(
+                f"{wer:.2f}", (rate.high, where), (5, 0), textcoords="offset points", va="center"
+            )
+            right = max(right, rate.high)
+    axes.set_yticks(range(len(systems)), [system.name for system in systems])
+    axes.invert_yaxis()  # the first system on top, as in the table
+    axes.set_xlim(0, 1.12 * right or 1)
+    axes.set_xlabel("WER in % (95 % bootstrap interval)")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(tests) > 1:
+        axes.legend(frameon=False, loc="lower right")
+    else:
+        axes.set_title(tests[0], loc="left")
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    with atomic_write(path, "wb") as stream:
+        stream.write(picture.getvalue())

@@ -1,0 +1,66 @@
+"""Transcripts: Kaldi ``text`` files in, sclite's ``trn`` files out."""
+
+from pathlib import Path
+from typing import Iterable, Mapping, Optional, Sequence, Union
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.data.kaldi import read_clean_table
+from espnet_llm_plugin.errors import UserError
+
+
+def read_keyed(path: Union[str, Path]) -> dict[str, str]:
+    """Read a Kaldi file of ``<utterance> <value>`` lines; the value may be empty.
+
+    Words of the value are separated by one space whatever the file has, as ESPnet does.
+
+    Raises:
+        UserError: No such file, no line, a blank line, a repeated utterance, not UTF-8.
+    """
+    table = read_clean_table(path, may_be_empty=True)
+    if not table:
+        raise UserError(f"{path}: the file is empty")
+    return {utterance: " ".join(value.split()) for utterance, value in table.items()}
+
+
+def name_some(ids: Iterable[str], limit: int = 5) -> str:
+    """Name a few of many utterances: ``a, b, ... (12 in all)``."""
+    ids = list(ids)
+    shown = ", ".join(ids[:limit])
+    return shown if len(ids) <= limit else f"{shown}, ... ({len(ids)} in all)"
+
+
+def speakers_of(ids: Sequence[str], utt2spk: Optional[Union[str, Path]]) -> dict[str, str]:
+    """Look up the speaker of each utterance; without a file each is a speaker of its own."""
+    if utt2spk is None:
+        return {utterance: utterance for utterance in ids}
+    table = read_keyed(utt2spk)
+    missing = [utterance for utterance in ids if not table.get(utterance)]
+    if missing:
+        raise UserError(f"{utt2spk}: no speaker for {name_some(missing)}")
+    return {utterance: table[utterance] for utterance in ids}
+
+
+def write_trn(
+    path: Union[str, Path], tokens: Mapping[str, Sequence[str]], speakers: Mapping[str, str]
+) -> None:
+    """Write ``<tokens>\\t(<speaker>-<utterance>)`` lines, as ESPnet's asr.sh does."""
+    with atomic_write(path) as stream:
+        for utterance, words in tokens.items():
+            stream.write(f"{' '.join(words)}\t({speakers[utterance]}-{utterance})\n")
+
+
+def sclite_markup(tokens: Mapping[str, Sequence[str]]) -> list[str]:
+    """Find tokens that sclite would take for markup; here they are ordinary tokens.
+
+    sclite reads ``{ a / b }`` as alternatives and ``@`` as no word, drops a backslash, a final
+    ``*`` and all that follows a ``;``, and skips lines that begin with ``;;``.
+    """
+    found = {
+        token
+        for words in tokens.values()
+        for token in words
+        if token == "@"
+        or (len(token) > 1 and token.endswith("*"))
+        or any(mark in token for mark in "{};\\")
+    }
+    return sorted(found)
