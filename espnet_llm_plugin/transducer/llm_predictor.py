@@ -3,13 +3,13 @@
 B utterances, U labels, N prefixes, V token ids (the rows of the adapted LLM), L = V - 2 labels.
 """
 
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.backbone import FrozenLLM
+from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
 from espnet_llm_plugin.llm.state import PrefixLM
 from espnet_llm_plugin.transducer.predictors import AbsPredictor
 
@@ -39,9 +39,7 @@ class LLMPredictor(AbsPredictor):
                 f"{num_labels + 2}: adapt the LLM to this token list "
                 "(python -m espnet_llm_plugin.bin.adapt_vocabulary --help)"
             )
-        # Whole numbers 0..255 in floating point: ESPnet averages floating-point buffers over
-        # checkpoints, which leaves these as they are, but would sum integer ones.
-        self.register_buffer("fingerprint", torch.tensor(list(self.llm.fingerprint)).float())
+        self.identity = LLMIdentity(self.llm)
         self._prefix_lm: PrefixLM | None = None
 
     def check_token_list(self, token_list: Sequence[str]) -> None:
@@ -73,13 +71,6 @@ class LLMPredictor(AbsPredictor):
     def _log_probs(logits: Tensor) -> Tensor:
         """Normalise over the labels alone: <blank> and <sos/eos> are never predicted."""
         return logits[..., 1:-1].float().log_softmax(dim=-1)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any):
-        recorded = state_dict.get(f"{prefix}fingerprint")
-        if recorded is not None:
-            digits = recorded.round().clamp(0, 255).to(torch.uint8).tolist()
-            self.llm.check_fingerprint(bytes(digits), "the checkpoint")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:
         # a copy of this module shares the LLM, not the key/value pool of running searches
