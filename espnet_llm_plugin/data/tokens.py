@@ -1,0 +1,175 @@
+"""Token lists of transcripts (stage 5), with ESPnet's symbols in ESPnet's order."""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Optional, Union
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.data.disk import writing
+from espnet_llm_plugin.data.kaldi import read_lines
+from espnet_llm_plugin.data.problems import Problems
+from espnet_llm_plugin.errors import UserError
+
+PathLike = Union[str, Path]
+
+BLANK = "<blank>"
+UNKNOWN = "<unk>"
+SOS_EOS = "<sos/eos>"
+BPE_MODES = ("unigram", "bpe")
+SENTENCEPIECE_SYMBOLS = 3  # <unk>, <s>, </s> come first in every model trained here
+
+
+def read_transcripts(texts: Sequence[PathLike]) -> Iterator[str]:
+    """Transcripts of ``<id> <transcript>`` files, words separated by one space, none empty."""
+    for path in texts:
+        problems = Problems(str(path))
+        for _, line in read_lines(path, problems):
+            words = line.split()[1:]
+            if words:
+                yield " ".join(words)
+        problems.check("Save the file as UTF-8.")
+
+
+def _write_list(tokens: Sequence[str], output_dir: Path) -> list[str]:
+    tokens = [BLANK, UNKNOWN, *tokens, SOS_EOS]
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"the token list would contain {', '.join(repeated)} more than once: the training "
+            "text contains this symbol of the token list's own; remove it there"
+        )
+    with atomic_write(output_dir / "tokens.txt") as stream:
+        stream.writelines(token + "\n" for token in tokens)
+    return tokens
+
+
+def make_character_list(
+    texts: Sequence[PathLike],
+    output_dir: PathLike,
+    *,
+    token_type: str = "char",
+    nlsyms: Optional[PathLike] = None,
+    cleaner: Optional[str] = None,
+    vocabulary_size: int = 0,
+) -> list[str]:
+    """Write ``tokens.txt`` of all characters (``char``) or words (``word``), most frequent first.
+
+    Args:
+        texts: Files of ``<id> <transcript>`` lines.
+        output_dir: E.g. ``data/token_list/char``.
+        token_type: ``char`` (a space is ``<space>``) or ``word``.
+        nlsyms: File of non-linguistic symbols, one a line, that ``char`` does not take apart.
+        cleaner: ESPnet's text cleaner.
+        vocabulary_size: Largest size, special symbols included; 0 for no limit.
+    """
+    # These two import nothing heavy; espnet2.text.build_tokenizer would import torch.
+    from espnet2.text.char_tokenizer import CharTokenizer
+    from espnet2.text.word_tokenizer import WordTokenizer
+
+    if nlsyms is not None and not Path(nlsyms).is_file():
+        raise UserError(f"file of non-linguistic symbols {nlsyms} does not exist")
+    if token_type == "char":
+        tokenizer = CharTokenizer(non_linguistic_symbols=nlsyms)
+    elif token_type == "word":
+        tokenizer = WordTokenizer()
+    else:
+        raise UserError(f"token type '{token_type}' is not one of bpe, char, word")
+    clean = str
+    if cleaner is not None:
+        from espnet2.text.cleaner import TextCleaner
+
+        clean = TextCleaner(cleaner)
+    counts: Counter[str] = Counter()
+    for transcript in read_transcripts(texts):
+        counts.update(tokenizer.text2tokens(clean(transcript)))
+    if not counts:
+        raise UserError(f"no transcripts in {', '.join(map(str, texts))}")
+    tokens = [token for token, _ in counts.most_common()]  # ties: first seen first
+    if vocabulary_size:
+        if vocabulary_size < 4:
+            raise UserError(f"a vocabulary of {vocabulary_size} leaves no room beside 3 symbols")
+        tokens = tokens[: vocabulary_size - 3]
+    with writing(output_dir):
+        return _write_list(tokens, Path(output_dir))
+
+
+def make_bpe_list(
+    texts: Sequence[PathLike],
+    output_dir: PathLike,
+    *,
+    nbpe: int,
+    bpemode: str = "unigram",
+    character_coverage: float = 1.0,
+    user_symbols: Sequence[str] = (),
+    input_sentence_size: int = 100_000_000,
+) -> list[str]:
+    """Train a SentencePiece model: ``bpe.model``, ``bpe.vocab``, ``train.txt``, ``tokens.txt``.
+
+    Args:
+        texts: Files of ``<id> <transcript>`` lines.
+        output_dir: E.g. ``data/token_list/bpe_unigram500``.
+        nbpe: Size of SentencePiece's vocabulary. As in ESPnet its ``<unk>``, ``<s>``, ``</s>``
+            give way to ``<blank>``, ``<unk>``, ``<sos/eos>``: the token list has ``nbpe`` entries.
+        bpemode: ``unigram`` or ``bpe``.
+        character_coverage: Share of the characters that must be in the vocabulary.
+        user_symbols: Pieces that are never taken apart.
+        input_sentence_size: Most sentences to train on.
+
+    Raises:
+        UserError: ``nbpe`` is too large (the largest possible is named) or too small.
+    """
+    import sentencepiece
+
+    if bpemode not in BPE_MODES:
+        raise UserError(f"bpemode '{bpemode}' is not one of {', '.join(BPE_MODES)}")
+    output_dir = Path(output_dir)
+    with writing(output_dir):
+        # tokens.txt is written last: it stands for a complete directory.
+        (output_dir / "tokens.txt").unlink(missing_ok=True)
+        with atomic_write(output_dir / "train.txt") as stream:
+            count = sum(bool(stream.write(line + "\n")) for line in read_transcripts(texts))
+        if not count:
+            raise UserError(f"no transcripts in {', '.join(map(str, texts))}")
+        with tempfile.TemporaryDirectory(prefix=".bpe.", dir=output_dir) as temporary:
+            prefix = Path(temporary) / "bpe"
+            try:
+                sentencepiece.SentencePieceTrainer.train(
+                    input=str(output_dir / "train.txt"),
+                    model_prefix=str(prefix),
+                    vocab_size=nbpe,
+                    model_type=bpemode,
+                    character_coverage=character_coverage,
+                    input_sentence_size=input_sentence_size,
+                    user_defined_symbols=list(user_symbols),
+                    minloglevel=2,
+                )
+            except RuntimeError as error:
+                raise UserError(_explain(str(error), nbpe, texts)) from error
+            processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+            pieces = [
+                processor.id_to_piece(index)
+                for index in range(SENTENCEPIECE_SYMBOLS, processor.get_piece_size())
+            ]
+            for suffix in ("model", "vocab"):
+                prefix.with_suffix(f".{suffix}").replace(output_dir / f"bpe.{suffix}")
+        return _write_list(pieces, output_dir)
+
+
+def _explain(message: str, nbpe: int, texts: Sequence[PathLike]) -> str:
+    names = ", ".join(map(str, texts))
+    too_high = re.search(r"set it to a value <= (\d+)", message)
+    if too_high:
+        return (
+            f"--nbpe {nbpe} is more than {names} can fill: the largest possible is {too_high[1]}. "
+            "Give a smaller --nbpe or more text"
+        )
+    too_low = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
+    if too_low:
+        return (
+            f"--nbpe {nbpe} is less than the characters of {names} need: the smallest possible is "
+            f"{too_low[1]}. Give a larger --nbpe or a smaller --bpe_char_cover"
+        )
+    return f"sentencepiece cannot train on {names}: {message}"
