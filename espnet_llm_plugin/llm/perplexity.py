@@ -1,0 +1,133 @@
+"""Word-level perplexity of a text under a causal LM, comparable across vocabularies.
+
+B: sentences in a batch, L: tokens of the longest, V: vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence, Union
+
+import torch
+
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.directory import SPACE, UNK
+
+
+@dataclass
+class TextScore:
+    """Log-probability of a text.
+
+    Attributes:
+        log_prob: Sum over all text tokens, natural logarithm; ends of sentences do not count.
+        tokens: Text tokens.
+        words: Words separated by white space.
+    """
+
+    log_prob: float
+    tokens: int
+    words: int
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(-log_prob / words)."""
+        return math.exp(min(700.0, -self.log_prob / max(1, self.words)))
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp(-log_prob / tokens)."""
+        return math.exp(min(700.0, -self.log_prob / max(1, self.tokens)))
+
+
+@torch.no_grad()
+def score_text(
+    model: Any,
+    sentences: Sequence[Sequence[int]],
+    words: int,
+    *,
+    bos: int,
+    blank: Optional[int] = None,
+    batch_size: int = 16,
+) -> TextScore:
+    """Sum log P(tokens | BOS) over sentences.
+
+    The end of a sentence is left out: native and adapted LLM know different ones, and the text is
+    the same without it.
+
+    Args:
+        model: Causal LM.
+        sentences: Token ids without BOS and EOS.
+        words: Number of words of the text.
+        bos: Id that every sentence begins with.
+        blank: Id that is never text, masked before the softmax.
+        batch_size: B.
+    """
+    model.eval()
+    total, count = 0.0, 0
+    order = sorted((list(ids) for ids in sentences if len(ids)), key=len)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(map(len, batch))
+        # Padded at the right with BOS: out of sight of every scored position by causality.
+        rows = [[bos, *ids] + [bos] * (longest - len(ids)) for ids in batch]
+        ids = torch.tensor(rows, device=model.device)
+        mask = torch.ones_like(ids)
+        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
+        logits = logits.float()
+        if blank is not None:
+            logits[..., blank] = -torch.inf
+        picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, L)
+        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+        real = torch.arange(longest, device=model.device)[None, :] < lengths[:, None]
+        total += float(picked[real].double().sum())
+        count += int(lengths.sum())
+    return TextScore(total, count, words)
+
+
+def read_text(
+    path: Union[str, Path], *, has_ids: bool = False, max_lines: Optional[int] = None
+) -> list[str]:
+    """Sentences of a text file, one a line, empty lines left out.
+
+    Args:
+        path: UTF-8 file.
+        has_ids: Kaldi's form: the first field of a line is the utterance id.
+        max_lines: Read so many sentences at most.
+
+    Raises:
+        UserError: Unreadable or empty.
+    """
+    lines: list[str] = []
+    try:
+        with open(path, encoding="utf-8") as stream:
+            for line in stream:
+                fields = line.split()[1 if has_ids else 0 :]
+                if fields:
+                    lines.append(" ".join(fields))
+                if max_lines is not None and len(lines) >= max_lines:
+                    break
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text {path} cannot be read ({error}).") from None
+    if not lines:
+        raise UserError(f"text {path} has no sentences; expected one a line.")
+    return lines
+
+
+def asr_tokenizer(
+    tokens: Sequence[str], token_type: str, bpemodel: Optional[Union[str, Path]]
+) -> Callable[[str], list[int]]:
+    """The tokenisation of the ASR model: text to token ids, unknown tokens to ``<unk>``."""
+    from espnet_llm_plugin.llm.tokenizer import load_sentencepiece
+
+    index = {token: i for i, token in enumerate(tokens)}
+    unk = index[UNK]
+    if token_type == "bpe":
+        if bpemodel is None:
+            raise UserError(
+                "the token list holds sentencepiece pieces; give --bpemodel to tokenise text with."
+            )
+        processor = load_sentencepiece(bpemodel)
+        return lambda text: [index.get(p, unk) for p in processor.encode(text, out_type=str)]
+    if token_type == "char":
+        return lambda text: [index.get(SPACE if c == " " else c, unk) for c in text]
+    return lambda text: [index.get(word, unk) for word in text.split()]
