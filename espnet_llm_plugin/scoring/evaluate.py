@@ -251,6 +251,9 @@ def read_counts(directory: Union[str, Path], unit: str = WER) -> Counted:
         fields = line.split("\t")
         if header.split("\t") != _COLUMNS or len(fields) != len(_COLUMNS):
             raise UserError(f"{path}:{number}: expected the columns {' '.join(_COLUMNS)}")
+        odd = [text for text in fields[2:] if not text.isdecimal()]
+        if odd:
+            raise UserError(f"{path}:{number}: {odd[0]!r} is not a number of words")
         correct, substitutions, deletions, insertions = map(int, fields[2:])
         words[fields[0]] = correct + substitutions + deletions
         errors[fields[0]] = substitutions + deletions + insertions
