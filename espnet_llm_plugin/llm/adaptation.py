@@ -114,7 +114,7 @@ def adapt_llm(
     lines = _as_text(report)
 
     def write(partial: Path) -> None:
-        report["tokenizer"] = save_llm(model, partial, tokens, bpemodel)
+        report["tokenizer"] = save_llm(model, partial, tokens, bpemodel, final_dir=output_dir)
         lines.append(report["tokenizer"])
         (partial / f"{REPORT}.json").write_text(
             json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -12,6 +12,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import load_config, resolve_llm
+from espnet_llm_plugin.llm.weights import fingerprint
 
 BLANK, UNK, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 TOKENS_FILE = "tokens.txt"
@@ -115,8 +116,20 @@ def save_llm(
     directory: Path,
     tokens: Sequence[str],
     bpemodel: Optional[Union[str, Path]] = None,
+    *,
+    final_dir: Union[str, Path],
 ) -> str:
     """Write model, token list, ``bpe.model`` and (where possible) tokenizer into ``directory``.
+
+    Also ``espnet_lm.yaml`` and ``espnet_lm.pth``, with which ESPnet decodes with this LLM as it is
+    (``--lm_train_config``, ``--lm_file``); the latter holds no weights but the fingerprint.
+
+    Args:
+        model: Over ``tokens``.
+        directory: Where to write.
+        tokens: V tokens.
+        bpemodel: Of the tokens, if they are sentencepiece pieces.
+        final_dir: What ``directory`` will be renamed to.
 
     Returns:
         A line that says whether there is a tokenizer, and if not, why.
@@ -132,14 +145,42 @@ def save_llm(
     )
     model.save_pretrained(directory)
     (directory / TOKENS_FILE).write_text("".join(f"{t}\n" for t in tokens), encoding="utf-8")
+    if bpemodel is not None:
+        shutil.copyfile(bpemodel, directory / BPE_FILE)
+    _save_espnet_lm(directory, tokens, bpemodel is not None, Path(final_dir).absolute())
     if bpemodel is None:
         return "no tokenizer: the token list has no sentencepiece model"
-    shutil.copyfile(bpemodel, directory / BPE_FILE)
     tokenizer, reason = build_tokenizer(bpemodel, tokens)
     if tokenizer is None:
         return f"no tokenizer: {reason}"
     tokenizer.save_pretrained(directory)
     return "tokenizer: unigram, with the ids of the token list"
+
+
+def _save_espnet_lm(directory: Path, tokens: Sequence[str], bpe: bool, final: Path) -> None:
+    import torch
+    import yaml
+
+    from espnet_llm_plugin.llm.vocabulary import guess_token_type
+
+    conf = {
+        "token_list": list(tokens),
+        "lm": "causal_llm",
+        "lm_conf": {"llm": str(final), "frozen": True},
+        "model": "lm",
+        "model_conf": {},
+        "init": None,
+        "use_preprocessor": True,
+        "token_type": "bpe" if bpe else guess_token_type(tokens),
+        "bpemodel": str(final / BPE_FILE) if bpe else None,
+        "cleaner": None,
+        "g2p": None,
+        "non_linguistic_symbols": None,
+    }
+    with open(directory / "espnet_lm.yaml", "w", encoding="utf-8") as stream:
+        yaml.safe_dump(conf, stream, allow_unicode=True, sort_keys=False)
+    record = torch.tensor(list(fingerprint(directory)), dtype=torch.float32)
+    torch.save({"lm.identity.fingerprint": record}, directory / "espnet_lm.pth")
 
 
 def check_output_dir(output_dir: Union[str, Path]) -> None:

@@ -1,0 +1,270 @@
+"""A Hugging Face causal LM as a language model of ESPnet's LMTask (``--lm causal_llm``).
+
+B: sentences, L: tokens of the longest, N: prefixes, V: vocabulary, with ``<blank>`` 0 and
+``<sos/eos>`` V-1.
+"""
+
+from typing import Any, Optional, Sequence
+
+import torch
+from espnet2.lm.abs_model import AbsLM
+
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
+from espnet_llm_plugin.llm.directory import llm_tokens, set_special_ids
+from espnet_llm_plugin.llm.state import PrefixLM, PrefixState
+
+# Finite: minus infinity times a fusion weight of zero would be NaN.
+_MASKED = -1.0e9
+_OLD_CONFIG_KEYS = {"rope_theta", "rope_scaling"}
+
+
+class CausalLLM(AbsLM):
+    """Train a small LM from a config, fine-tune an adapted LLM, or use one as it is.
+
+    Exactly one of ``llm`` and ``config``:
+
+    Args:
+        vocab_size: V, from LMTask.
+        llm: LLM directory over this token list (written by ``adapt_vocabulary`` or
+            ``export_llm``); all its weights are trained and saved.
+        config: Hugging Face configuration of a model to train from scratch, e.g.
+            ``{model_type: llama, hidden_size: 256, num_hidden_layers: 4, ...}``.
+        frozen: Use ``llm`` without training it. Its weights never reach a checkpoint; its
+            fingerprint does, and is checked at load. Not for ``lm_train``: every LLM directory
+            comes with ``espnet_lm.yaml`` and ``espnet_lm.pth`` to decode with.
+        dtype: Of a ``frozen`` LLM (``float32``, ``bfloat16``, ``float16``, ``auto``). Training
+            takes ESPnet's ``train_dtype`` and ``use_amp``.
+        gradient_checkpointing: Trade compute for memory in training.
+        attn_implementation: ``sdpa``, or ``eager`` for instance.
+
+    Raises:
+        UserError: A wrong combination of options, an LLM over another vocabulary, a config that
+            transformers refuses; at load also a missing tensor or another LLM than recorded.
+    """
+
+    # One batch may hold prefixes of different lengths (padded on the left with 0).
+    batch_any_length = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        llm: Optional[str] = None,
+        config: Optional[dict] = None,
+        frozen: bool = False,
+        dtype: Optional[str] = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+    ):
+        super().__init__()
+        if (llm is None) == (config is None):
+            raise UserError(
+                "lm_conf of causal_llm needs either `llm` (directory to fine-tune) or `config` "
+                f"(model to train from scratch); got {'both' if llm else 'neither'}."
+            )
+        if frozen and (llm is None or gradient_checkpointing):
+            raise UserError(
+                "lm_conf of causal_llm: `frozen: true` needs `llm` and excludes "
+                "`gradient_checkpointing`, as nothing is trained."
+            )
+        if dtype is not None and not frozen:
+            raise UserError(
+                "lm_conf of causal_llm: `dtype` is for `frozen: true`; for training set ESPnet's "
+                "`train_dtype` or `use_amp`."
+            )
+        self.vocab_size = vocab_size
+        self.sos = vocab_size - 1
+        self._frozen_llm: Optional[FrozenLLM] = None
+        self._prefix_lm: Optional[PrefixLM] = None
+        if llm is not None:
+            check_vocab_size(llm, vocab_size)
+        if frozen:
+            self._frozen_llm = FrozenLLM(llm, dtype=dtype or "float32")
+            self.identity = LLMIdentity(self._frozen_llm)
+            return
+        if llm is not None:
+            self.llm = load_causal_lm(llm, attn_implementation=attn_implementation)
+            self.llm.requires_grad_(True)
+        else:
+            self.llm = build_from_config(config, vocab_size, attn_implementation)
+        if gradient_checkpointing:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    def model(self, device: Any = "cpu") -> Any:
+        """The Hugging Face model (a frozen one is loaded and moved to ``device``)."""
+        return self.llm if self._frozen_llm is None else self._frozen_llm.model(device)
+
+    def forward(self, input: torch.Tensor, hidden: None = None) -> tuple[torch.Tensor, None]:
+        """Logits for training and perplexity.
+
+        Args:
+            input: Token ids (B, L) beginning with sos, padded on the right with 0.
+            hidden: Unused.
+
+        Returns:
+            Logits (B, L, V) float32 with blank masked, and ``None``.
+        """
+        # Causality hides the padding, so the mask is all ones and SDPA takes its causal kernel.
+        # Given explicitly because OPT counts positions in it.
+        output = self.model(input.device)(
+            input_ids=input, attention_mask=torch.ones_like(input), use_cache=False
+        )
+        return self._mask_blank(output.logits.float()), None
+
+    def zero_state(self) -> None:
+        """State of the empty prefix (ESPnet's transducer searches ask for it)."""
+        return None
+
+    def score(
+        self, y: torch.Tensor, state: Optional[PrefixState], x: Any
+    ) -> tuple[torch.Tensor, PrefixState]:
+        """Log-probs (V,) of the token after prefix ``y`` and the state of ``y``.
+
+        Args:
+            y: Prefix (L,) including sos.
+            state: State of a shorter prefix of ``y``, or ``None``.
+            x: Unused.
+        """
+        log_probs, states = self.batch_score(y[None], [state], x)
+        return log_probs[0], states[0]
+
+    @torch.no_grad()
+    def batch_score(
+        self, ys: torch.Tensor, states: Sequence[Optional[PrefixState]], xs: Any
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
+        """As :meth:`score` for N prefixes, in one forward of one token each when states are given.
+
+        Args:
+            ys: Prefixes (N, L) including sos; shorter ones padded on the left with 0. A single
+                column with states is the last token of each prefix, as ESPnet's time-synchronous
+                transducer searches give it.
+            states: N states, never modified.
+            xs: Unused.
+
+        Returns:
+            Log-probs (N, V) with blank masked, and N new states.
+        """
+        if self._prefix_lm is None or self._prefix_lm.model is not self.model(ys.device):
+            self._prefix_lm = PrefixLM(self.model(ys.device))
+        starts: list[Optional[PrefixState]] = []
+        pending: list[list[int]] = []
+        for row, state in zip(ys.tolist(), states):
+            start, tokens = self._missing(row, state)
+            starts.append(start)
+            pending.append(tokens)
+        # Normally one round; more when a search begins with several tokens or lost its states.
+        logits: list[Any] = [None] * len(pending)
+        new: list[Any] = starts
+        for position in range(max(map(len, pending))):
+            rows = [i for i, tokens in enumerate(pending) if position < len(tokens)]
+            scores, extended = self._prefix_lm.step(
+                [pending[i][position] for i in rows], [new[i] for i in rows]
+            )
+            for i, score, state in zip(rows, scores, extended):
+                logits[i], new[i] = score, state
+        return self._mask_blank(torch.stack(logits)).log_softmax(dim=-1), new
+
+    def _missing(
+        self, row: list[int], state: Optional[PrefixState]
+    ) -> tuple[Optional[PrefixState], list[int]]:
+        """The state to go on from and the tokens to send through the LLM after it."""
+        if state is not None and len(row) == 1:
+            return state, row
+        begin = next((i for i, token in enumerate(row) if token != 0), len(row))
+        tokens = row[begin:]
+        if not tokens or tokens[0] != self.sos:
+            tokens = [self.sos, *tokens]  # transducer searches begin with blank
+        known = 0 if state is None else state.length
+        if 0 < known < len(tokens) and state.tokens() == tokens[:known]:
+            return state, tokens[known:]
+        return None, tokens  # no state, or one of another prefix: from the start
+
+    def _mask_blank(self, logits: torch.Tensor) -> torch.Tensor:
+        blank = torch.arange(logits.shape[-1], device=logits.device) == 0
+        return logits.masked_fill(blank, _MASKED)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # ESPnet loads with strict=False, under which a wrong file would load in silence.
+        own = dict(self.named_parameters())  # tied tables once
+        missing = [name for name in own if prefix + name not in state_dict]
+        if missing:
+            raise UserError(
+                f"the checkpoint lacks {len(missing)} of the {len(own)} trained tensors of the LM, "
+                f"e.g. {', '.join(prefix + name for name in missing[:3])}; it is of another model."
+            )
+        for name, parameter in own.items():
+            shape = tuple(state_dict[prefix + name].shape)
+            if shape != tuple(parameter.shape):
+                raise UserError(
+                    f"the checkpoint's {prefix + name} is of shape {shape}, expected "
+                    f"{tuple(parameter.shape)}; it is of another model."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict:
+        # a copy shares no pool of keys and values with running searches
+        return {**self.__dict__, "_prefix_lm": None}
+
+
+def check_vocab_size(llm: str, vocab_size: int) -> None:
+    """Refuse an LLM whose token list has another size than LMTask's.
+
+    LMTask passes no more than the size; ``check_token_list`` compares the tokens.
+    """
+    tokens = llm_tokens(llm)
+    if len(tokens) != vocab_size:
+        raise UserError(
+            f"LLM {llm} is over {len(tokens)} tokens, the token list has {vocab_size}. Run "
+            "`python -m espnet_llm_plugin.bin.adapt_vocabulary` with this token list."
+        )
+
+
+def build_from_config(config: dict, vocab_size: int, attn_implementation: str = "sdpa") -> Any:
+    """A randomly initialised causal LM over V tokens from a Hugging Face configuration.
+
+    Raises:
+        UserError: Unknown ``model_type`` or key, or values that transformers refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(config)
+    model_type = options.pop("model_type", None)
+    try:
+        reference = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError):
+        raise UserError(
+            f"lm_conf.config: unknown model_type {model_type!r}; expected one that transformers "
+            "knows, e.g. llama."
+        ) from None
+    unknown = [k for k in options if not hasattr(reference, k) and k not in _OLD_CONFIG_KEYS]
+    if unknown:
+        raise UserError(
+            f"lm_conf.config: {type(reference).__name__} has no {', '.join(sorted(unknown))}."
+        )
+    if options.get("vocab_size", vocab_size) != vocab_size:
+        raise UserError(
+            f"lm_conf.config: vocab_size {options['vocab_size']} is not that of the token list "
+            f"({vocab_size}); leave it out."
+        )
+    options["vocab_size"] = vocab_size
+
+    def build(attention: str) -> Any:
+        full = AutoConfig.for_model(model_type, **options)
+        set_special_ids(full, vocab_size)
+        full.architectures = None
+        return AutoModelForCausalLM.from_config(full, attn_implementation=attention)
+
+    try:
+        try:
+            return build(attn_implementation)
+        except ValueError as error:
+            if "scaled_dot_product" not in str(error) and "attention" not in str(error):
+                raise
+            return build("eager")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"lm_conf.config: transformers cannot build this {model_type} "
+            f"({type(error).__name__}: {reason})."
+        ) from error
