@@ -6,10 +6,11 @@ from typing import Optional, Sequence
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.scoring import results as results_module
-from espnet_llm_plugin.scoring.bootstrap import RESAMPLES
+from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, positive_int
 from espnet_llm_plugin.scoring.plots import plot_error_rates
 from espnet_llm_plugin.scoring.results import load_results
-from espnet_llm_plugin.scoring.results_page import results_markdown, summary_text
+from espnet_llm_plugin.scoring.results_page import results_markdown, summarize
+from espnet_llm_plugin.scoring.table import plain
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,7 +23,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="RESULTS.md to write")
     parser.add_argument("--plot", help="PNG to write: WER with 95 %% intervals")
     parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default {RESAMPLES})"
+        "--resamples",
+        type=positive_int,
+        default=RESAMPLES,
+        help=f"of the bootstrap (default {RESAMPLES})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     return parser
@@ -31,13 +35,14 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = get_parser().parse_args(cmd)
     results = load_results(args.config)
+    summary = summarize(results, args.resamples, args.seed)
     if args.plot:
         plot_error_rates(results, args.plot)
     if args.output:
-        page = results_markdown(results, args.resamples, args.seed)
+        page = results_markdown(results, summary)
         with atomic_write(args.output) as stream:
             stream.write(page)
-    print(summary_text(results, args.resamples, args.seed), end="")
+    print(summary.text(plain), end="")
 
 
 def cli() -> None:

@@ -5,7 +5,7 @@ import sys
 from typing import Optional, Sequence
 
 from espnet_llm_plugin.errors import run_cli
-from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, Difference
+from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, Difference, positive_int
 from espnet_llm_plugin.scoring.evaluate import evaluate
 from espnet_llm_plugin.scoring.report import HEADER, percentage_cells
 from espnet_llm_plugin.scoring.table import plain
@@ -66,7 +66,9 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score utterances with an empty reference: all words are insertions",
     )
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
+    parser.add_argument(
+        "--resamples", type=positive_int, default=RESAMPLES, help="of the bootstrap"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser
 

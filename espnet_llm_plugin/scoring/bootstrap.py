@@ -43,6 +43,14 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
+def positive_int(text: str) -> int:
+    """Number of resamples as an option of a command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"{number} is not positive")
+    return number
+
+
 def error_rate_interval(
     errors: np.ndarray, words: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:

@@ -12,13 +12,15 @@
         dev: exp/asr_rnnt/decode/dev        # optional, scored directory
         scales: exp/asr_rnnt/scales.json    # optional, {"best": {...}} or {...}; or a mapping here
         dev_nll: exp/asr_rnnt/dev_nll.json  # optional, {"nll_per_label": nats}
-        rtf: exp/asr_rnnt/decode/rtf.json   # optional, {"rtf": seconds per second}
+        rtf: exp/asr_rnnt/decode/test/logdir/output.*/rtf.json    # optional, {"rtf": ...}; several
+                                            # jobs are weighted by their "audio_seconds"
         time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum
 
 A scored directory is the ``--output_dir`` of ``espnet_llm_plugin.bin.score``. Paths are relative
 to the working directory.
 """
 
+import glob
 import json
 import math
 from dataclasses import dataclass, field
@@ -153,7 +155,7 @@ def _load_system(where: str, entry: dict) -> System:
         dev=None if entry.get("dev") is None else _load_data_set(entry["dev"]),
         scales=_load_scales(where, entry.get("scales")),
         dev_nll=_read_optional(entry.get("dev_nll"), "nll_per_label"),
-        rtf=_read_optional(entry.get("rtf"), "rtf"),
+        rtf=_read_rtf(entry.get("rtf")),
         seconds=sum(seconds) if seconds else None,
     )
 
@@ -198,6 +200,20 @@ def _load_scales(where: str, value: Any) -> dict[str, float]:
 
 def _read_optional(path: Optional[str], key: str) -> Optional[float]:
     return None if path is None else _read_number(path, key)
+
+
+def _read_rtf(pattern: Optional[str]) -> Optional[float]:
+    """Real-time factor of all decoding jobs whose file matches the pattern."""
+    if pattern is None:
+        return None
+    files = sorted(glob.glob(str(pattern)))
+    if not files:
+        raise UserError(f"{pattern}: no such file")
+    factors = [_read_number(file, "rtf") for file in files]
+    if len(files) == 1:
+        return factors[0]
+    audio = [_read_number(file, "audio_seconds") for file in files]
+    return sum(factor * seconds for factor, seconds in zip(factors, audio)) / sum(audio)
 
 
 def _read_number(path: Union[str, Path], key: str) -> float:

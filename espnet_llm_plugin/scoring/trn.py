@@ -43,7 +43,10 @@ def speakers_of(ids: Sequence[str], utt2spk: Optional[Union[str, Path]]) -> dict
 def write_trn(
     path: Union[str, Path], tokens: Mapping[str, Sequence[str]], speakers: Mapping[str, str]
 ) -> None:
-    """Write ``<tokens>\\t(<speaker>-<utterance>)`` lines, as ESPnet's asr.sh does."""
+    """Write ``<tokens>\\t(<speaker>-<utterance>)`` lines, as ESPnet's asr.sh does.
+
+    sclite (``-i rm``) takes for the speaker what stands before the first ``-``.
+    """
     with atomic_write(path) as stream:
         for utterance, words in tokens.items():
             stream.write(f"{' '.join(words)}\t({speakers[utterance]}-{utterance})\n")

@@ -97,6 +97,15 @@ def test_table(recipe):
     assert weak["95 %"] == "{:.2f}-{:.2f}".format(*scores["wer"]["interval"])
 
 
+def test_real_time_factor_of_several_jobs(recipe):
+    for job, (rtf, audio) in enumerate([(0.1, 30), (0.4, 10)]):
+        path = recipe / f"exp/output.{job}.json"
+        path.write_text(json.dumps({"rtf": rtf, "audio_seconds": audio}))
+    config = CONFIG.replace("exp/rtf.json", "exp/output.*.json")
+    (recipe / "results.yaml").write_text(config)
+    assert load_results("results.yaml").systems[1].rtf == pytest.approx(7 / 40)
+
+
 def test_columns_that_nobody_fills_are_left_out(recipe):
     (recipe / "results.yaml").write_text("systems: [{name: weak, test: exp/asr_weak/decode/test}]")
     header, _ = results_page.comparison(load_results("results.yaml"))
@@ -180,6 +189,7 @@ def test_several_test_sets(recipe):
         (("{alpha: 1, label_bonus: 0.7}", "{gamma: 1}"), r"\(weak\): no scale in it"),
         (("{alpha: 1, label_bonus: 0.7}", "{alpha: much}"), "alpha is 'much'; expected a number"),
         (("scales: exp/scales.json", "scales: exp/no.json"), "no.json: no such file"),
+        (("rtf: exp/rtf.json", "rtf: exp/no*.json"), r"exp/no\*.json: no such file"),
         ((CONFIG, "systems: []"), "at least one"),
         ((CONFIG, "systems: {a: 1}"), "list of mappings"),
         ((CONFIG, "- a"), "expected a mapping"),
@@ -225,6 +235,13 @@ def test_plot_without_matplotlib(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         run("--config results.yaml --plot wer.png")
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "many"])
+def test_resamples_must_be_positive(recipe, capsys, number):
+    with pytest.raises(SystemExit, match="2"):
+        run(f"--config results.yaml --resamples {number}")
+    assert "argument --resamples: invalid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
