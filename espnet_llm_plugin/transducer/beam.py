@@ -5,7 +5,7 @@ setting, K extensions of a setting, M distinct prefixes among the settings, L la
 """
 
 from dataclasses import dataclass, field
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ class SearchState:
         beam: Live hypotheses.
         frame: Frames searched so far.
         emissions: (index of the emission before, frame); entry 0 stands for none.
-        extra: What a certain search keeps besides.
+        extra: What a search keeps besides.
     """
 
     tree: PrefixTree
@@ -150,7 +150,7 @@ class SearchState:
     beam: Beam
     frame: int = 0
     emissions: list[tuple[int, int]] = field(default_factory=lambda: [(0, -1)])
-    extra: Optional[np.ndarray] = None
+    extra: Any = None
 
     def emit(self, path: np.ndarray, frame: int) -> np.ndarray:
         """Indices of new emissions at ``frame``, one after each of ``path`` (N)."""
@@ -272,7 +272,8 @@ def best_extensions(score: np.ndarray, labels: torch.Tensor, size: int) -> Exten
     """The ``size`` best sums of a hypothesis' score (G, N) and a label's (G, N, L), best first."""
     num_labels = labels.size(2)
     # Totals of long utterances are large: compare in float32 relative to the best.
-    relative = torch.from_numpy(score - score.max(axis=1, keepdims=True)).to(labels)
+    best = np.nan_to_num(score.max(axis=1, keepdims=True), neginf=0.0)
+    relative = torch.from_numpy(score - best).to(labels)
     both = (labels + relative[:, :, None]).flatten(1)
     index = both.topk(min(size, both.size(1)), dim=1).indices
     added = labels.flatten(1).gather(1, index).double().cpu().numpy()
@@ -304,7 +305,7 @@ def extend_beam(
     if lm is None:
         lm_scores = [0.0] * len(label)
     else:
-        at = (torch.from_numpy(g), torch.from_numpy(place), torch.from_numpy(label))
+        at = tuple(torch.from_numpy(array) for array in (g, place, label))
         lm_scores = lm[at].tolist()
     nodes = state.tree.children(beam.node[g, place].tolist(), label.tolist(), lm_scores)
     column = (survive.cumsum(axis=1) - 1)[survive]

@@ -1,0 +1,256 @@
+"""CTC prefix beam search with the scales, the external LM and the n-best of the transducer search.
+
+G scale settings searched side by side, N hypotheses of a setting, L = V - 2 labels (token ids
+1..V-2; label = token id - 1), T frames, D encoder size.
+
+A prefix has two probabilities: its alignments so far end in a blank, or in its last label. In the
+second case the same label again is a repetition, not a new label [Graves 2006; Hannun 2014].
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional, Sequence
+
+import numpy as np
+import torch
+
+from espnet_llm_plugin.transducer.beam import (
+    Beam,
+    Hypothesis,
+    ScaledScores,
+    Scales,
+    SearchState,
+    best_extensions,
+    check_scores,
+)
+from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
+
+if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.external_lm import ExternalLM
+
+
+@dataclass
+class Endings:
+    """One of the two kinds of alignments of the hypotheses of a beam, all (G, N).
+
+    Attributes:
+        score: Log of the sum over these alignments.
+        viterbi: The best of them.
+        path: Its emissions.
+    """
+
+    score: np.ndarray
+    viterbi: np.ndarray
+    path: np.ndarray
+
+    def take(self, order: np.ndarray) -> "Endings":
+        """The places (G, K)."""
+        return Endings(*(np.take_along_axis(array, order, 1) for array in vars(self).values()))
+
+    def join(self, other: "Endings") -> "Endings":
+        """Alignments of either kind."""
+        better = other.viterbi > self.viterbi
+        return Endings(
+            np.logaddexp(self.score, other.score),
+            np.where(better, other.viterbi, self.viterbi),
+            np.where(better, other.path, self.path),
+        )
+
+    def pad(self, columns: int) -> "Endings":
+        """More places, all empty."""
+        return Endings(
+            pad(self.score, columns, -np.inf),
+            pad(self.viterbi, columns, -np.inf),
+            pad(self.path, columns, 0),
+        )
+
+    def plus(self, added: np.ndarray) -> "Endings":
+        """Scores plus (G, N)."""
+        return Endings(self.score + added, self.viterbi + added, self.path.copy())
+
+
+class CTCSearch:
+    """Prefix beam search over the CTC posteriors of one utterance at a time.
+
+    The score of a label is ``log P + lm_weight * external_lm + label_bonus``. With ``beam_size``
+    1, without LM and bonus, the search is greedy CTC: the best path, repetitions and blanks
+    removed, and ``total`` is that path's score.
+
+    Args:
+        ctc: ESPnet's ``CTC`` module (blank is row 0, ``<sos/eos>`` the last row, never emitted).
+        beam_size: Prefixes kept after a frame.
+        external_lm: See :class:`~espnet_llm_plugin.fusion.external_lm.ExternalLM`.
+        max_prefixes: See :class:`~espnet_llm_plugin.transducer.prefix_tree.PrefixTree`.
+    """
+
+    def __init__(
+        self,
+        ctc: torch.nn.Module,
+        *,
+        beam_size: int = 8,
+        external_lm: Optional["ExternalLM"] = None,
+        max_prefixes: Optional[int] = None,
+    ):
+        self.ctc = ctc
+        self.num_labels = ctc.ctc_lo.out_features - 2
+        self.beam_size = beam_size
+        self.external_lm = external_lm
+        self.max_prefixes = max_prefixes
+
+    def __call__(
+        self,
+        encoder_out: torch.Tensor,
+        scales: Optional[Scales] = None,
+        nbest: int = 1,
+        normalize_length: bool = False,
+    ) -> list[Hypothesis]:
+        """Search a whole utterance (T, D): at most ``nbest`` hypotheses, best first."""
+        state = self.start([scales or Scales()])
+        return self.step(state, encoder_out).nbest(nbest, normalize_length)[0]
+
+    @torch.inference_mode()
+    def start(self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None) -> SearchState:
+        """State before the first frame, for G settings; ``tree``: of an earlier search."""
+        if tree is None:
+            tree = PrefixTree(
+                None,
+                num_labels=self.num_labels,
+                external_lm=self.external_lm,
+                max_prefixes=self.max_prefixes,
+            )
+        state = SearchState(tree, tuple(scales), Beam.start(len(scales)))
+        beam = state.beam
+        nothing = np.full_like(beam.score, -np.inf)
+        # Before the first frame is as after a blank.
+        state.extra = (
+            Endings(beam.score, beam.viterbi, beam.path),
+            Endings(nothing, nothing, np.zeros_like(beam.path)),
+        )
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: SearchState, encoder_out: torch.Tensor) -> SearchState:
+        """Search the next chunk (T, D); chunks one after another equal all frames at once."""
+        log_probs = self.ctc.log_softmax(encoder_out[None])[0].float()
+        state = SearchState(**vars(state))
+        scaled = ScaledScores(state.scales)
+        plain = not (scaled.uses_external or scaled.uses_bonus)
+        for row in log_probs:
+            labels = row[1:-1]
+            blank, best = float(row[0]), float(labels.max())
+            check_scores(np.array([blank, best]), state.frame)
+            if self.beam_size == 1 and plain:
+                self._greedy_frame(state, blank, labels)
+            else:
+                self._frame(state, blank, labels, scaled)
+            state.frame += 1
+            state.tree.release(state.beam.node)
+        return state
+
+    def _frame(
+        self, state: SearchState, blank: float, labels: torch.Tensor, scaled: ScaledScores
+    ) -> None:
+        tree, node = state.tree, state.beam.node
+        in_blank, in_label = state.extra
+        either = in_blank.join(in_label)
+        last = tree.label[node]
+        # 1. No new label: a blank, or the last label repeated (there is none in the empty prefix).
+        row = labels.double().cpu().numpy()
+        stay_blank = either.plus(blank)
+        stay_label = in_label.plus(np.where(node > ROOT, row[np.maximum(last, 0)], -np.inf))
+        # 2. What a new label adds (G, N, L).
+        gain = self._gain(tree, node, labels, scaled)
+
+        def emitted(g: np.ndarray, n: np.ndarray, label: np.ndarray) -> Endings:
+            """A new label after hypotheses (g, n); after itself it needs a blank between."""
+            added = gain[as_index(g, n, label)].double().cpu().numpy()
+            itself = label == last[g, n]
+            return Endings(
+                np.where(itself, in_blank.score[g, n], either.score[g, n]) + added,
+                np.where(itself, in_blank.viterbi[g, n], either.viterbi[g, n]) + added,
+                np.where(itself, in_blank.path[g, n], either.path[g, n]),
+            )
+
+        candidates = gain.clone()
+        g, n = np.nonzero(node > ROOT)
+        loss = torch.from_numpy(in_blank.score[g, n] - either.score[g, n]).to(gain)
+        candidates[as_index(g, n, last[g, n])] += loss
+        # 3. Labels that lead to another live prefix: its probability grows.
+        pair = (tree.parent[node][:, :, None] == node[:, None, :]) & (node > ROOT)[:, :, None]
+        if pair.any():
+            g, child, parent = np.nonzero(pair)
+            into = emitted(g, parent, last[g, child])
+            candidates[as_index(g, parent, last[g, child])] = -torch.inf
+            stay_label.score[g, child] = np.logaddexp(stay_label.score[g, child], into.score)
+            better = into.viterbi > stay_label.viterbi[g, child]
+            g, child = g[better], child[better]
+            stay_label.viterbi[g, child] = into.viterbi[better]
+            stay_label.path[g, child] = state.emit(into.path[better], state.frame)
+        # 4. The best new prefixes that stand up to the old ones; only for these the LM runs.
+        found = best_extensions(either.score, candidates, self.beam_size)
+        pool = np.concatenate([np.logaddexp(stay_blank.score, stay_label.score), found.score], 1)
+        cut = -np.inf
+        if pool.shape[1] > self.beam_size:
+            kth = pool.shape[1] - self.beam_size
+            cut = np.partition(pool, kth, axis=1)[:, kth, None]
+        survive = (found.score >= cut) & (found.score > -np.inf)
+        if survive.any():
+            g, _ = np.nonzero(survive)
+            place, label = found.place[survive], found.label[survive]
+            column = (survive.cumsum(axis=1) - 1)[survive] + node.shape[1]
+            grow = int(column.max()) + 1 - node.shape[1]
+            into = emitted(g, place, label)
+            parents = node[g, place]
+            node = pad(node, grow, -1)
+            node[g, column] = tree.children(parents.tolist(), label.tolist(), [0.0] * len(label))
+            stay_blank, stay_label = stay_blank.pad(grow), stay_label.pad(grow)
+            stay_label.score[g, column] = into.score
+            stay_label.viterbi[g, column] = into.viterbi
+            stay_label.path[g, column] = state.emit(into.path, state.frame)
+        self._keep_best(state, node, stay_blank, stay_label)
+
+    def _gain(
+        self, tree: PrefixTree, node: np.ndarray, labels: torch.Tensor, scaled: ScaledScores
+    ) -> torch.Tensor:
+        """Log-prob, LM score and bonus of each label (L) after each hypothesis: (G, N, L)."""
+        if scaled.num_settings == 1:
+            nodes, index = node[0], np.arange(node.shape[1])
+        else:
+            nodes, index = np.unique(np.maximum(node, ROOT), return_inverse=True)
+        external = tree.external_rows(nodes) if scaled.uses_external else None
+        index = torch.from_numpy(index.reshape(node.shape))
+        rows = labels.expand(len(nodes), -1)
+        return scaled.total(rows, None, external, np.arange(len(node)), index)
+
+    def _keep_best(
+        self, state: SearchState, node: np.ndarray, in_blank: Endings, in_label: Endings
+    ) -> None:
+        both = in_blank.join(in_label)
+        order = np.argsort(-both.score, axis=1, kind="stable")
+        order = order[:, : min(self.beam_size, int((node >= 0).sum(axis=1).max()))]
+        state.beam = Beam(node, both.score, both.viterbi, both.path).take(order)
+        state.extra = (in_blank.take(order), in_label.take(order))
+
+    def _greedy_frame(self, state: SearchState, blank: float, labels: torch.Tensor) -> None:
+        """Extend the best path by a frame; ``state.extra`` is the label of the frame before."""
+        best = int(labels.argmax())
+        score = float(labels[best])
+        before = state.extra if isinstance(state.extra, int) else None
+        if blank >= score:
+            best, score = None, blank
+        beam = state.beam.plus(np.full_like(state.beam.score, score))
+        if best is not None and best != before:
+            parents = beam.node[:, 0].tolist()
+            nodes = state.tree.children(parents, [best] * len(parents), [0.0] * len(parents))
+            beam.node[:, 0] = nodes
+            beam.path[:, 0] = state.emit(beam.path[:, 0], state.frame)
+        state.beam, state.extra = beam, best
+
+
+def as_index(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Numpy indices for a tensor."""
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+def pad(array: np.ndarray, columns: int, value: float) -> np.ndarray:
+    """``array`` (G, N) with more columns."""
+    return np.pad(array, ((0, 0), (0, columns)), constant_values=value)

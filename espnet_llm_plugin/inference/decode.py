@@ -1,0 +1,180 @@
+"""Decode a data set into a directory: the body of ``bin/asr_inference``."""
+
+import argparse
+import logging
+import sys
+import time
+from typing import Any
+
+import torch
+from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
+from tqdm import tqdm
+
+from espnet_llm_plugin import registry
+from espnet_llm_plugin.compat import import_quietly
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.loading import load_asr, load_lm
+from espnet_llm_plugin.inference.options import (
+    add_model_options,
+    add_search_options,
+    bonus_of,
+    changed_options,
+    device_of,
+    espnet_parser,
+    identity,
+    refuse_unsupported,
+)
+from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
+from espnet_llm_plugin.inference.utterances import Utterances
+from espnet_llm_plugin.inference.writer import ResultWriter
+from espnet_llm_plugin.transducer.beam import SearchError
+
+
+def decode_with_espnet(args: argparse.Namespace) -> None:
+    """Run ESPnet's own inference with ESPnet's options.
+
+    Raises:
+        UserError: One of our options is set, which ESPnet would not see.
+    """
+    ours = argparse.ArgumentParser()
+    add_model_options(ours)
+    add_search_options(ours)
+    changed = [name for name in changed_options(args, ours) if name != "search"]
+    if changed:
+        raise UserError(
+            f"--search espnet knows no --{changed[0]}; scales of a factorized_transducer are set "
+            "in the decoder_conf of its config.yaml"
+        )
+    registry.register()
+    names = [action.dest for action in espnet_parser()._actions]
+    options = {name: getattr(args, name) for name in names if name not in ("help", "config")}
+    import_quietly("espnet2.bin.asr_inference").inference(**options)
+
+
+def decode(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode with our search; returns the summary that ``rtf.json`` has.
+
+    Raises:
+        UserError: Bad options, models or data; or not one utterance could be decoded.
+    """
+    refuse_unsupported(args)
+    device = device_of(args)
+    torch.manual_seed(args.seed)
+    asr = load_asr(
+        args.asr_train_config,
+        args.asr_model_file,
+        device=device,
+        dtype=args.dtype,
+        predictor=args.predictor,
+        predictor_conf=args.predictor_conf,
+        predictor_file=args.predictor_file,
+        token_type=args.token_type,
+        bpemodel=args.bpemodel,
+    )
+    refuse_unsupported(args, asr.is_ctc)
+    lm = None
+    if args.lm_train_config:
+        lm = load_lm(
+            args.lm_train_config,
+            args.lm_file,
+            asr.model.token_list,
+            device=device,
+            dtype=args.dtype,
+        )
+    recognizer = Recognizer(
+        asr,
+        lm,
+        scales=default_scales(
+            asr, args.alpha, args.beta, bonus_of(args), args.lm_weight if lm is not None else 0.0
+        ),
+        beam_size=args.beam_size,
+        max_symbols_per_frame=args.max_symbols_per_frame,
+        nbest=args.nbest,
+        normalize_length=args.normalize_length,
+    )
+    data = Utterances(
+        args.data_path_and_name_and_type,
+        asr.train_args,
+        sample_rate=asr.sample_rate,
+        key_file=args.key_file,
+        dtype=args.dtype,
+    )
+    logging.info(f"{len(data)} utterances, {recognizer.scales}, beam {args.beam_size}")
+    writer = ResultWriter(
+        args.output_dir, identity(args, [args.asr_model_file, args.lm_file, args.predictor_file])
+    )
+    try:
+        decode_all(recognizer, data, writer, args.num_workers)
+    finally:
+        writer.close()
+    summary = writer.finish(data.keys)
+    report(summary)
+    return summary
+
+
+def decode_all(
+    recognizer: Recognizer, data: Utterances, writer: ResultWriter, num_workers: int = 0
+) -> None:
+    """Decode what ``writer`` does not have yet. Failures are kept as empty hypotheses."""
+    if writer.records:
+        logging.info(f"{len(writer.records)} utterances were decoded before; going on")
+    remaining = data.read(skip=list(writer.records), num_workers=num_workers)
+    progress = tqdm(
+        remaining,
+        total=len(data),
+        initial=len(writer.records),
+        unit="utt",
+        disable=not sys.stderr.isatty(),
+    )
+    for utt, speech, reason in progress:
+        timing = dict(audio_seconds=0.0, encoder_seconds=0.0, search_seconds=0.0)
+        nbest = []
+        if not reason:
+            try:
+                nbest = timed(recognizer, speech, timing)
+            except (SearchError, RuntimeError, TooShortUttError) as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+        if reason:
+            logging.warning(f"{utt} {reason}: its hypothesis is empty")
+        else:
+            best = nbest[0]
+            shown = best.text if best.text is not None else " ".join(best.tokens)
+            logging.info(f"{utt} {best.hypothesis.total:.2f} {shown}")
+        writer.add(utt, nbest, failure=reason, **timing)
+
+
+def timed(recognizer: Recognizer, speech: Any, timing: dict[str, float]) -> list:
+    """N-best of an utterance; fills in how long what took (seconds)."""
+    if recognizer.asr.sample_rate and speech.ndim == 1:
+        timing["audio_seconds"] = len(speech) / recognizer.asr.sample_rate
+    start = time.perf_counter()
+    encoder_out = recognizer.encode(speech)
+    if encoder_out.is_cuda:
+        torch.cuda.synchronize()
+    middle = time.perf_counter()
+    nbest = recognizer.decode(encoder_out)
+    timing["encoder_seconds"] = middle - start
+    timing["search_seconds"] = time.perf_counter() - middle
+    return nbest
+
+
+def report(summary: dict[str, Any]) -> None:
+    """Log the real-time factor and what failed.
+
+    Raises:
+        UserError: Everything failed.
+    """
+    failed = summary["failed"]
+    if summary["rtf"] is not None:
+        logging.info(
+            f"RTF {summary['rtf']:.4f}: encoder {summary['encoder_seconds']} s, search "
+            f"{summary['search_seconds']} s for {summary['audio_seconds']} s of audio"
+        )
+    if failed:
+        some = ", ".join(list(failed)[:5]) + (", ..." if len(failed) > 5 else "")
+        logging.warning(f"{len(failed)} of {summary['utterances']} utterances failed: {some}")
+    if len(failed) == summary["utterances"]:
+        utt, reason = next(iter(failed.items()))
+        raise UserError(f"not one utterance could be decoded; {utt} {reason}")

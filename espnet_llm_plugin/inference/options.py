@@ -1,0 +1,211 @@
+"""Options of the decoding command lines: ESPnet's, and ours beside them."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import yaml
+
+from espnet_llm_plugin.compat import import_quietly
+from espnet_llm_plugin.errors import UserError
+
+_ESPNET = "espnet2.bin.asr_inference"
+
+# ESPnet's options that our search cannot honour, with what to do instead.
+_UNSUPPORTED = {
+    "maxlenratio": "a time-synchronous search has no output length limit",
+    "minlenratio": "a time-synchronous search has no output length limit",
+    "ngram_file": "n-gram LMs are not supported",
+    "ngram_weight": "n-gram LMs are not supported",
+    "word_lm_train_config": "word LMs are not supported",
+    "word_lm_file": "word LMs are not supported",
+    "model_tag": "download the model and give --asr_train_config and --asr_model_file",
+    "enh_s2t_task": "enhancement models are not supported",
+    "multi_asr": "multi-speaker models are not supported",
+    "quantize_asr_model": "quantisation is not supported",
+    "quantize_lm": "quantisation is not supported",
+    "quantize_modules": "quantisation is not supported",
+    "quantize_dtype": "quantisation is not supported",
+    "streaming": "streaming is not supported",
+    "hugging_face_decoder": "Hugging Face decoders are not supported",
+    "hugging_face_decoder_conf": "Hugging Face decoders are not supported",
+    "transducer_conf": "it configures ESPnet's transducer searches; ours has "
+    "--max_symbols_per_frame and --normalize_length",
+    "lang_prompt_token": "prompts are not supported",
+    "nlp_prompt_token": "prompts are not supported",
+    "prompt_token_file": "prompts are not supported",
+    "partial_ar": "partially autoregressive decoding is not supported",
+    "threshold_probability": "partially autoregressive decoding is not supported",
+    "max_seq_len": "partially autoregressive decoding is not supported",
+    "max_mask_parallel": "partially autoregressive decoding is not supported",
+    "allow_variable_data_keys": "decoding reads `speech` only",
+}
+
+
+def espnet_parser() -> argparse.ArgumentParser:
+    """A fresh parser of ``espnet2.bin.asr_inference``."""
+    return import_quietly(_ESPNET).get_parser()
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The LM swap."""
+    from espnet2.utils.nested_dict_action import NestedDictAction
+
+    group = parser.add_argument_group("LM swap (factorized_transducer)")
+    group.add_argument(
+        "--predictor",
+        choices=["stateless", "lstm", "llm"],
+        help="Replace the trained predictor by this one",
+    )
+    group.add_argument(
+        "--predictor_conf",
+        action=NestedDictAction,
+        default=dict(),
+        help="Its options, e.g. --predictor_conf llm=exp/llm_adapted",
+    )
+    group.add_argument(
+        "--predictor_file", help="Checkpoint of a transducer that has such a predictor"
+    )
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Options of our search."""
+    group = parser.add_argument_group("Search of espnet_llm_plugin")
+    group.add_argument(
+        "--search",
+        choices=["ours", "espnet"],
+        default="ours",
+        help="espnet: run espnet2.bin.asr_inference, unmodified, with its own options",
+    )
+    group.add_argument(
+        "--alpha",
+        type=float,
+        help="Scale of the predictor LM inside the label softmax (default: the model's)",
+    )
+    group.add_argument(
+        "--beta",
+        type=float,
+        help="Scale of the predictor LM added to the label score (default: the model's)",
+    )
+    group.add_argument(
+        "--label_bonus",
+        type=float,
+        help="Added to the score of every label; ESPnet's --penalty is the same "
+        "(default: the model's)",
+    )
+    group.add_argument(
+        "--max_symbols_per_frame",
+        type=int,
+        default=3,
+        help="Labels a transducer may emit in one encoder frame",
+    )
+
+
+def parse_with_configs(
+    parser: argparse.ArgumentParser, cmd: Optional[Sequence[str]] = None
+) -> argparse.Namespace:
+    """Parse; ``--config`` may be given several times, later files and the command line win.
+
+    Raises:
+        UserError: A configuration is missing, is no YAML mapping, or has an unknown key.
+    """
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    configs.add_argument("--config", action="append", default=[])
+    found, rest = configs.parse_known_args(cmd)
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    for path in found.config:
+        if not Path(path).is_file():
+            raise UserError(f"--config {path}: there is no such file")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {path} is not a YAML file: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"--config {path} has no `option: value` lines")
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"--config {path}: unknown option {', '.join(map(str, unknown))}")
+        parser.set_defaults(**values)
+    return parser.parse_args(rest)
+
+
+def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a (fresh) parser that have another value than its default."""
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest not in ("help", "config")
+        and getattr(args, action.dest, action.default) != action.default
+    ]
+
+
+def refuse_unsupported(args: argparse.Namespace, is_ctc: Optional[bool] = None) -> None:
+    """Refuse options of ESPnet without a meaning here, rather than ignore them.
+
+    Args:
+        args: Parsed options.
+        is_ctc: Whether the model is CTC-only; None if not known yet.
+
+    Raises:
+        UserError: Names the option, why, and what to do.
+    """
+    changed = changed_options(args, espnet_parser())
+    for name in changed:
+        if name in _UNSUPPORTED:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: {_UNSUPPORTED[name]} (leave it out, or use "
+                "`--search espnet`)"
+            )
+    if args.batch_size != 1:
+        raise UserError(f"--batch_size {args.batch_size}: only 1 is supported, as in ESPnet")
+    if args.ngpu > 1:
+        raise UserError(f"--ngpu {args.ngpu}: decoding uses one GPU; run more jobs instead")
+    if args.dtype == "float16":
+        raise UserError("--dtype float16 is not supported: use float32")
+    if args.lm_file and not args.lm_train_config:
+        raise UserError("--lm_file needs --lm_train_config")
+    if is_ctc is False and "ctc_weight" in changed:
+        raise UserError(
+            f"--ctc_weight {args.ctc_weight}: a transducer's search has no CTC score; leave it out"
+        )
+    if is_ctc and "ctc_weight" in changed and args.ctc_weight != 1.0:
+        raise UserError(f"--ctc_weight {args.ctc_weight}: the weight of a CTC-only model is 1")
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: A GPU is asked for and there is none.
+    """
+    import torch
+
+    if args.ngpu == 0:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError(f"--ngpu {args.ngpu}, but PyTorch sees no GPU; use --ngpu 0")
+    return "cuda"
+
+
+def bonus_of(args: argparse.Namespace) -> Optional[float]:
+    """``--label_bonus``, or ESPnet's name for it, ``--penalty``."""
+    if args.penalty and args.label_bonus is not None and args.penalty != args.label_bonus:
+        raise UserError(
+            f"--label_bonus {args.label_bonus} and --penalty {args.penalty} are two names of one "
+            "number: give one"
+        )
+    return args.penalty or None if args.label_bonus is None else args.label_bonus
+
+
+def identity(args: argparse.Namespace, files: Sequence[Optional[str]]) -> dict[str, Any]:
+    """What a result depends on: options, and size and time of the model files."""
+    options = {
+        name: value
+        for name, value in sorted(vars(args).items())
+        if name not in ("output_dir", "log_level", "num_workers", "config")
+    }
+    stats = {str(path): Path(path).stat() for path in files if path}
+    return {
+        "options": options,
+        "files": {path: [stat.st_size, stat.st_mtime] for path, stat in stats.items()},
+    }

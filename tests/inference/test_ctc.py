@@ -1,0 +1,150 @@
+"""CTC prefix search: against enumeration of all paths, torch's CTC loss, and greedy decoding."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from espnet2.asr.ctc import CTC
+
+from espnet_llm_plugin.inference.ctc import CTCSearch
+from espnet_llm_plugin.transducer.beam import Scales, SearchError
+from tests.contracts.search_contract import TableLM
+
+VOCAB, DIM = 5, 6  # three labels
+PLAIN, FUSED = Scales(), Scales(lm_weight=0.6, label_bonus=0.7)
+
+
+@pytest.fixture(params=range(3))
+def case(request):
+    torch.manual_seed(request.param)
+    ctc = CTC(VOCAB, DIM)
+    torch.nn.init.normal_(ctc.ctc_lo.weight, std=1.0)
+    return ctc.eval(), torch.randn(5, DIM), TableLM(VOCAB - 2, request.param)
+
+
+def enumerate_paths(ctc, encoder_out, lm, scales):
+    """label sequence -> (log of the sum over paths, best path and the frames of its labels)."""
+    log_probs = ctc.log_softmax(encoder_out[None])[0].detach().double().numpy()
+    found = {}
+    for path in itertools.product(range(VOCAB - 1), repeat=len(encoder_out)):
+        starts = [
+            (t, token)
+            for t, token in enumerate(path)
+            if token != 0 and (t == 0 or path[t - 1] != token)
+        ]
+        labels = tuple(token - 1 for _, token in starts)
+        score = sum(log_probs[t, token] for t, token in enumerate(path))
+        score += scales.label_bonus * len(labels)
+        for u, label in enumerate(labels):
+            score += scales.lm_weight * float(lm.row(labels[:u])[label])
+        total, best, frames = found.get(labels, (-math.inf, -math.inf, ()))
+        if score > best:
+            best, frames = score, tuple(t for t, _ in starts)
+        found[labels] = (float(np.logaddexp(total, score)), best, frames)
+    return found
+
+
+@pytest.mark.parametrize("scales", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_wide_beam_equals_enumeration(case, scales):
+    ctc, encoder_out, lm = case
+    exact = enumerate_paths(ctc, encoder_out, lm, scales)
+    hyps = CTCSearch(ctc, beam_size=1000, external_lm=lm)(encoder_out, scales, nbest=1000)
+    assert {h.labels for h in hyps} == set(exact)
+    for hyp in hyps:
+        total, _, frames = exact[hyp.labels]
+        assert hyp.total == pytest.approx(total, abs=1e-4)
+        assert hyp.frames == frames
+        parts = hyp.acoustic + hyp.external_lm + hyp.bonus
+        assert parts == pytest.approx(hyp.total, abs=1e-5)
+        assert hyp.bonus == pytest.approx(scales.label_bonus * len(hyp.labels))
+
+
+def test_score_is_the_ctc_loss(case):
+    ctc, encoder_out, _ = case
+    log_probs = ctc.log_softmax(encoder_out[None])[0]
+    for hyp in CTCSearch(ctc, beam_size=1000)(encoder_out, nbest=20):
+        loss = torch.nn.functional.ctc_loss(
+            log_probs[:, None],
+            torch.tensor([hyp.labels]) + 1,
+            torch.tensor([len(encoder_out)]),
+            torch.tensor([len(hyp.labels)]),
+            reduction="none",
+        )
+        assert hyp.total == pytest.approx(-float(loss), abs=1e-4)
+
+
+@pytest.mark.parametrize("scales", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_narrow_beams_are_below_the_exact_score_and_grow(case, scales):
+    ctc, encoder_out, lm = case
+    exact = enumerate_paths(ctc, encoder_out, lm, scales)
+    for beam in (2, 4, 8):
+        for hyp in CTCSearch(ctc, beam_size=beam, external_lm=lm)(encoder_out, scales, nbest=beam):
+            assert hyp.total <= exact[hyp.labels][0] + 1e-4
+
+
+def test_wider_beams_are_not_worse():
+    means = []
+    for beam in (2, 4, 16):
+        totals = []
+        for seed in range(10):
+            torch.manual_seed(seed)
+            ctc = CTC(8, DIM).eval()
+            torch.nn.init.normal_(ctc.ctc_lo.weight, std=1.0)
+            search = CTCSearch(ctc, beam_size=beam, external_lm=TableLM(6, seed))
+            totals.append(search(torch.randn(20, DIM), FUSED)[0].total)
+        means.append(sum(totals) / len(totals))
+    assert means == sorted(means)
+
+
+def test_beam_of_one_is_the_best_path(case):
+    ctc, encoder_out, _ = case
+    encoder_out = encoder_out.repeat(1, 1).repeat_interleave(2, dim=0)  # repetitions
+    log_probs = ctc.log_softmax(encoder_out[None])[0][:, :-1]
+    path = log_probs.argmax(-1).tolist()
+    labels = [token - 1 for token, _ in itertools.groupby(path) if token != 0]
+    (hyp,) = CTCSearch(ctc, beam_size=1)(encoder_out)
+    assert list(hyp.labels) == labels
+    assert hyp.total == pytest.approx(float(log_probs.max(-1).values.sum()), abs=1e-4)
+    assert [path[f] - 1 for f in hyp.frames] == labels
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_chunks_equal_the_whole(case, beam):
+    ctc, encoder_out, _ = case
+    search = CTCSearch(ctc, beam_size=beam)
+    state = search.start([PLAIN])
+    for chunk in encoder_out.split(2):
+        state = search.step(state, chunk)
+    whole = search(encoder_out, nbest=beam)
+    chunked = state.nbest(beam)[0]
+    assert [(h.labels, h.frames) for h in chunked] == [(h.labels, h.frames) for h in whole]
+
+
+def test_settings_side_by_side_equal_each_alone(case):
+    ctc, encoder_out, lm = case
+    settings = [PLAIN, FUSED, Scales(lm_weight=0.2), Scales(label_bonus=-1.0)]
+    search = CTCSearch(ctc, beam_size=4, external_lm=lm)
+    together = search.step(search.start(settings), encoder_out).nbest(4)
+    for scales, hyps in zip(settings, together):
+        alone = search(encoder_out, scales, nbest=4)
+        assert [h.labels for h in hyps] == [h.labels for h in alone]
+        assert [h.total for h in hyps] == pytest.approx([h.total for h in alone], abs=1e-4)
+
+
+def test_lm_runs_once_per_prefix():
+    torch.manual_seed(0)
+    ctc = CTC(8, DIM).eval()
+    torch.nn.init.normal_(ctc.ctc_lo.weight, std=1.0)
+    lm = TableLM(6)
+    search = CTCSearch(ctc, beam_size=4, external_lm=lm)
+    search(torch.randn(30, DIM), FUSED)
+    assert len(lm.extended) == len(set(lm.extended)) > 20
+
+
+def test_scores_that_are_not_numbers_are_an_error(case):
+    ctc, encoder_out, _ = case
+    encoder_out[2, 0] = float("nan")
+    with pytest.raises(SearchError, match="frame 2"):
+        CTCSearch(ctc, beam_size=4)(encoder_out)
