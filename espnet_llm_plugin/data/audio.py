@@ -141,7 +141,7 @@ class _File:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         try:
-            if start > 0:
+            if self.seekable:
                 self.stream.seek(start)
             samples = self.stream.read(stop - start, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:

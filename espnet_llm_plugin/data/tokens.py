@@ -1,5 +1,6 @@
 """Token lists of transcripts (stage 5), with ESPnet's symbols in ESPnet's order."""
 
+import io
 import re
 import tempfile
 from collections import Counter
@@ -126,19 +127,24 @@ def make_bpe_list(
     if bpemode not in BPE_MODES:
         raise UserError(f"bpemode '{bpemode}' is not one of {', '.join(BPE_MODES)}")
     output_dir = Path(output_dir)
-    with writing(output_dir):
-        # tokens.txt is written last: it stands for a complete directory.
-        (output_dir / "tokens.txt").unlink(missing_ok=True)
-        with atomic_write(output_dir / "train.txt") as stream:
+    with (
+        writing(output_dir),
+        tempfile.TemporaryDirectory(prefix="bpe.", dir=_parent(output_dir)) as temporary,
+    ):
+        work = Path(temporary)
+        with open(work / "train.txt", "w", encoding="utf-8") as stream:
             count = sum(bool(stream.write(line + "\n")) for line in read_transcripts(texts))
         if not count:
             raise UserError(f"no transcripts in {', '.join(map(str, texts))}")
-        with tempfile.TemporaryDirectory(prefix=".bpe.", dir=output_dir) as temporary:
-            prefix = Path(temporary) / "bpe"
-            try:
+        # Sentences and model go through memory, and the seed of the sampling is fixed: a model
+        # made from file names contains them, and two runs would give different bytes.
+        sentencepiece.set_random_generator_seed(0)
+        model = io.BytesIO()
+        try:
+            with open(work / "train.txt", encoding="utf-8") as sentences:
                 sentencepiece.SentencePieceTrainer.train(
-                    input=str(output_dir / "train.txt"),
-                    model_prefix=str(prefix),
+                    sentence_iterator=(line.rstrip("\n") for line in sentences),
+                    model_writer=model,
                     vocab_size=nbpe,
                     model_type=bpemode,
                     character_coverage=character_coverage,
@@ -146,16 +152,27 @@ def make_bpe_list(
                     user_defined_symbols=list(user_symbols),
                     minloglevel=2,
                 )
-            except RuntimeError as error:
-                raise UserError(_explain(str(error), nbpe, texts)) from error
-            processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-            pieces = [
-                processor.id_to_piece(index)
-                for index in range(SENTENCEPIECE_SYMBOLS, processor.get_piece_size())
-            ]
-            for suffix in ("model", "vocab"):
-                prefix.with_suffix(f".{suffix}").replace(output_dir / f"bpe.{suffix}")
-        return _write_list(pieces, output_dir)
+        except RuntimeError as error:
+            raise UserError(_explain(str(error), nbpe, texts)) from error
+        (work / "bpe.model").write_bytes(model.getvalue())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+        scores = [processor.get_score(index) for index in range(processor.get_piece_size())]
+        with open(work / "bpe.vocab", "w", encoding="utf-8") as stream:
+            stream.writelines(f"{piece}\t{score:g}\n" for piece, score in zip(pieces, scores))
+        pieces = pieces[SENTENCEPIECE_SYMBOLS:]
+        tokens = _write_list(pieces, work)
+        # tokens.txt is moved last: it stands for a complete directory.
+        output_dir.mkdir(exist_ok=True)
+        (output_dir / "tokens.txt").unlink(missing_ok=True)
+        for name in ("train.txt", "bpe.model", "bpe.vocab", "tokens.txt"):
+            (work / name).replace(output_dir / name)
+        return tokens
+
+
+def _parent(directory: Path) -> Path:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return directory.parent
 
 
 def _explain(message: str, nbpe: int, texts: Sequence[PathLike]) -> str:
