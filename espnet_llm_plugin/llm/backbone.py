@@ -181,6 +181,7 @@ def load_causal_lm(
                 dtype=wanted,
                 attn_implementation=attention,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
 
     try:
@@ -201,12 +202,13 @@ def load_causal_lm(
         raise UserError(
             f"LLM {directory} cannot be loaded ({type(error).__name__}: {reason})."
         ) from error
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
+    wrong = sorted(info["missing_keys"])
+    wrong += [f"{key} {tuple(there)}" for key, there, _ in sorted(info["mismatched_keys"])]
+    if wrong:
         # transformers would fill these with random numbers and only log it
         raise UserError(
-            f"the weights of LLM {directory} lack {len(absent)} tensors of the model, e.g. "
-            f"{', '.join(absent[:3])}; they do not belong to its config.json."
+            f"the weights of LLM {directory} lack {len(wrong)} tensors of the model or have them "
+            f"in another shape, e.g. {', '.join(wrong[:3])}; they do not belong to its config.json."
         )
     return model.eval().requires_grad_(False)
 

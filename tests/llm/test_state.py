@@ -1,0 +1,228 @@
+"""PrefixLM: stepwise with shared keys and values equals the full forward, for all families."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.state import PrefixLM
+from tests.llm.tiny import FAMILIES, RECOMPUTED, tiny_model
+
+PREFIXES = ([3, 5, 7], [3, 5, 7, 1, 2, 9, 4, 4, 11, 30], [8, 2, 2, 6, 5, 3], [36], [3, 5, 9])
+
+
+def full(model, prefix):
+    """The slow obvious reference: one forward over the whole prefix."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([list(prefix)])).logits[0, -1]
+
+
+def state_of(lm, prefix):
+    state = None
+    for token in prefix:
+        _, (state,) = lm.step([token], [state])
+    return state
+
+
+@pytest.fixture(scope="module", params=FAMILIES + RECOMPUTED)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return tiny_model(family)
+
+
+def test_ragged_batch_equals_full_forward(model, family):
+    lm = PrefixLM(model)
+    assert lm.uses_cache == (family not in RECOMPUTED)
+    states = [state_of(lm, prefix[:-1]) for prefix in PREFIXES]
+    logits, new = lm.step([prefix[-1] for prefix in PREFIXES], states)
+    expected = torch.stack([full(model, prefix) for prefix in PREFIXES])
+    assert expected.std() > 0.1  # the comparison below means something
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert [state.tokens() for state in new] == [list(prefix) for prefix in PREFIXES]
+    assert [state.length for state in new] == [len(prefix) for prefix in PREFIXES]
+
+
+def test_batch_equals_single(model):
+    lm = PrefixLM(model)
+    states = [state_of(lm, prefix[:-1]) for prefix in PREFIXES]
+    batch, _ = lm.step([prefix[-1] for prefix in PREFIXES], states)
+    for row, prefix, state in zip(batch, PREFIXES, states):
+        single, _ = lm.step([prefix[-1]], [state])
+        torch.testing.assert_close(row, single[0], atol=1e-5, rtol=1e-5)
+
+
+def test_sharing_equals_no_sharing(model):
+    shared, alone = PrefixLM(model), PrefixLM(model)
+    parent = state_of(shared, [3, 5, 7, 2])
+    children, states = shared.step([1, 2, 3], [parent, parent, parent])
+    deeper, _ = shared.step([9, 9], [states[2], parent])
+    for child, token in zip(children, (1, 2, 3)):
+        expected, _ = alone.step([token], [state_of(alone, [3, 5, 7, 2])])
+        torch.testing.assert_close(child, expected[0], atol=1e-5, rtol=1e-5)
+    # the parent is as it was, after its children were made
+    again, _ = shared.step([1], [parent])
+    torch.testing.assert_close(again[0], children[0], atol=1e-5, rtol=1e-5)
+    for row, prefix in zip(deeper, ([3, 5, 7, 2, 3, 9], [3, 5, 7, 2, 9])):
+        torch.testing.assert_close(row, full(model, prefix), atol=1e-5, rtol=1e-5)
+
+
+def test_every_prefix_is_computed_once(model, family):
+    lm = PrefixLM(model)
+    state = state_of(lm, [3, 5, 7, 2])
+    lm.step([1, 2, 3], [state, None, state])
+    cached = 4 + 3
+    recomputed = (1 + 2 + 3 + 4) + (5 + 1 + 5)
+    assert lm.num_token_forwards == (cached if family not in RECOMPUTED else recomputed)
+    assert lm.num_forwards == 5
+
+
+def test_recomputation_on_request_is_the_same(model):
+    slow, fast = PrefixLM(model, use_cache=False), PrefixLM(model)
+    for prefix in PREFIXES[:2]:
+        a, _ = slow.step([prefix[-1]], [state_of(slow, prefix[:-1])])
+        b, _ = fast.step([prefix[-1]], [state_of(fast, prefix[:-1])])
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert slow.num_slots == 0
+
+
+class TestMemory:
+    @pytest.fixture
+    def lm(self):
+        return PrefixLM(tiny_model("llama"))
+
+    def test_check_at_construction_leaves_nothing(self, lm):
+        assert lm.num_slots == lm.num_token_forwards == lm.num_forwards == 0
+
+    def test_slots_are_freed_when_no_state_reaches_them(self, lm):
+        trunk = state_of(lm, [1, 2, 3])
+        _, branches = lm.step([4, 5], [trunk, trunk])
+        assert lm.num_slots == 5
+        del trunk
+        assert lm.num_slots == 5  # the branches hold it
+        branches.pop()
+        assert lm.num_slots == 4
+        branches.clear()
+        assert lm.num_slots == 0
+
+    def test_pool_grows_and_keeps_what_it_holds(self, lm):
+        prefix = [1 + i % 30 for i in range(50)]
+        states = [state_of(lm, prefix), state_of(lm, prefix[::-1])]
+        assert lm.num_slots == 100 and lm._pool.capacity == 128
+        logits, _ = lm.step([5, 6], states)
+        expected = torch.stack([full(lm.model, prefix + [5]), full(lm.model, prefix[::-1] + [6])])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        assert lm._pool.keys[0].shape[0] == 128
+
+    def test_freed_slots_are_used_again(self, lm):
+        for _ in range(20):
+            state_of(lm, range(20))
+        assert lm._pool.capacity == 64 and lm.num_slots == 0
+
+    def test_long_chains_are_freed(self):
+        lm = PrefixLM(tiny_model("llama"), use_cache=False)
+        from espnet_llm_plugin.llm.state import PrefixState
+
+        state = None
+        for slot in lm._pool.take(20000):
+            state = PrefixState(lm._pool, state, slot, 1)
+        del state
+        gc.collect()
+        assert lm.num_slots == 0
+
+    def test_failed_forward_leaks_nothing(self, lm, monkeypatch):
+        state = state_of(lm, [1])
+
+        def fail(**kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(lm.model, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            lm.step([1, 2], [state, None])
+        assert lm.num_slots == 1
+
+    def test_copies_share_the_slot(self, lm):
+        state = state_of(lm, [1, 2])
+        copies = [copy.copy(state), copy.deepcopy(state), copy.deepcopy([state])[0]]
+        assert all(c is state for c in copies)
+        with pytest.raises(TypeError, match="pickled"):
+            pickle.dumps(state)
+
+    def test_usable_in_and_out_of_inference_mode(self, lm):
+        with torch.inference_mode():
+            state = state_of(lm, [1, 2])
+        logits, _ = lm.step([3], [state])
+        torch.testing.assert_close(logits[0], full(lm.model, [1, 2, 3]), atol=1e-5, rtol=1e-5)
+
+
+def test_empty_call():
+    lm = PrefixLM(tiny_model("llama"))
+    logits, states = lm.step([], [])
+    assert logits.shape == (0, 37) and states == [] and lm.num_forwards == 0
+
+
+def test_tensor_tokens():
+    lm = PrefixLM(tiny_model("llama"))
+    a, _ = lm.step(torch.tensor([1, 2]), [None, None])
+    b, _ = lm.step([1, 2], [None, None])
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("token", [-1, 37])
+def test_token_outside_the_vocabulary(token):
+    with pytest.raises(UserError, match=f"token id {token} .* 37 rows"):
+        PrefixLM(tiny_model("llama")).step([token], [None])
+
+
+@pytest.mark.parametrize("family_", ["opt", "gpt2"])
+def test_learned_positions_end(family_):
+    lm = PrefixLM(tiny_model(family_))
+    state = state_of(lm, [1] * 20)
+    with pytest.raises(UserError, match="21 tokens exceeds the 20 positions"):
+        lm.step([1], [state])
+
+
+def test_relative_positions_do_not_end():
+    lm = PrefixLM(tiny_model("llama"))
+    logits, _ = lm.step([1], [state_of(lm, [2] * 64)])
+    torch.testing.assert_close(logits[0], full(lm.model, [2] * 64 + [1]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_ignores_its_cache_is_noticed(caplog):
+    """Falls back on recomputation when stepwise logits are not those of the full forward."""
+
+    class Ignores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("llama")
+            self.config, self.device, self.dtype = self.inner.config, "cpu", torch.float32
+
+        def forward(self, input_ids, attention_mask=None, use_cache=False, **kwargs):
+            return self.inner(input_ids=input_ids, use_cache=False)
+
+    lm = PrefixLM(Ignores())
+    assert not lm.uses_cache and "recomputed" in caplog.text
+    logits, _ = lm.step([7], [state_of(lm, [3, 5])])
+    torch.testing.assert_close(logits[0], full(lm.model.inner, [3, 5, 7]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_cache(dtype):
+    model = tiny_model("llama").to(dtype)
+    lm = PrefixLM(model)
+    assert lm.uses_cache
+    logits, _ = lm.step([7], [state_of(lm, [3, 5])])
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits[0], full(model, [3, 5, 7]).float(), atol=0.05, rtol=0.05)
+
+
+def test_dropout_does_not_spoil_the_check():
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    assert PrefixLM(model).uses_cache
+    assert model.training
