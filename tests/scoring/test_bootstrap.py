@@ -59,7 +59,7 @@ def test_paired_difference(counts):
     assert pair.relative == pytest.approx(100 * pair.difference / pair.first)
     back = paired_difference(better, worse, words)
     assert (back.low, back.high) == pytest.approx((-pair.high, -pair.low))
-    assert back.probability < 0.01
+    assert back.significant and back.probability < 0.01
 
 
 def test_pairing_removes_what_both_systems_share(counts):

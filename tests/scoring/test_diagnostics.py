@@ -44,6 +44,14 @@ def test_by_length(scored):
     assert sum(summary.counts.errors for summary in found.values()) == scored.errors.sum()
 
 
+def test_limits_of_lengths():
+    lengths = (0, 1, 5, 6, 10, 30, 31)
+    texts = {str(n): ["w"] * n for n in lengths}
+    found = by_length(score(texts, texts, dict.fromkeys(texts, "spk")))
+    sentences = {name: summary.sentences for name, summary in found.items()}
+    assert sentences == {"1-5": 3, "6-10": 2, "21-30": 1, "31-": 1}
+
+
 def test_length_ratio(scored):
     assert length_ratio(scored) == pytest.approx((5 + 8 + 1 + 30) / (6 + 7 + 1 + 40))
 
