@@ -48,6 +48,7 @@ setup(
             "espnet-llm-export=espnet_llm_plugin.bin.export_llm:cli",
             "espnet-llm-asr-inference=espnet_llm_plugin.bin.asr_inference:cli",
             "espnet-llm-tune-scales=espnet_llm_plugin.bin.tune_scales:cli",
+            "espnet-llm-results=espnet_llm_plugin.bin.results_table:cli",
             "espnet-llm-score=espnet_llm_plugin.bin.score:cli",
         ]
     },

@@ -22,6 +22,9 @@
 # OPTIONS
 stage=1                   # First stage to run
 stop_stage=13             # Last stage to run
+skip_data_prep=false      # Leave out stages 1-5
+skip_train=false          # Leave out stages 6-11
+skip_eval=false           # Leave out stages 12-13
 ngpu=0                    # GPUs for training (0: CPU); decoding uses one if this is not 0
 nj=4                      # Parallel jobs for preparing data and collecting statistics
 inference_nj=4            # Parallel decoding jobs
@@ -48,13 +51,13 @@ use_lm=false              # Run stages 6-8
 lm_tag=                   # Name of the LM experiment (default: from lm_config)
 lm_config=                # LM training configuration; empty: the adapted LLM is used as it is
 lm_args=                  # More options for espnet2.bin.lm_train
-lm_train_text=            # LM training text, `id sentence` lines (default: training transcripts)
+lm_train_text=            # LM training texts, `id sentence` lines (default: training transcripts)
 lm_dev_text=              # LM validation text (default: transcripts of the valid set)
 lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
 llm=                      # Pretrained LLM to adapt: Hugging Face directory or hub id
 oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
 asr_tag=                  # Name of the ASR experiment (default: from asr_config)
-asr_config=               # ASR training configuration
+asr_config=               # ASR training configuration; empty: stages 10-13 are left out
 asr_args=                 # More options for espnet2.bin.asr_train
 asr_stats_dir=            # Feature statistics (default: <expdir>/asr_stats_raw_<token list>)
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
@@ -113,7 +116,23 @@ tool() {
     "${python}" -m "espnet_llm_plugin.bin.${name}" "$@"
 }
 
-runs() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
+for name in use_lm skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch; do
+    [ "${!name}" = true ] || [ "${!name}" = false ] ||
+        die "--${name} is '${!name}'; expected true or false"
+done
+# Whether stage $1 was asked for.
+runs() {
+    [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ] || return 1
+    if [ "$1" -le 5 ]; then
+        [ "${skip_data_prep}" = false ]
+    elif [ "$1" -le 8 ]; then
+        [ "${use_lm}" = true ] && [ "${skip_train}" = false ]
+    elif [ "$1" -le 11 ]; then
+        [ -n "${asr_config}" ] && [ "${skip_train}" = false ]
+    else
+        [ -n "${asr_config}" ] && [ "${skip_eval}" = false ]
+    fi
+}
 
 # --- marks of finished work -------------------------------------------------------------------
 # A mark holds a checksum of what the work was made from: files by content, options by value.
@@ -133,6 +152,15 @@ refuse_other() {
     fi
     mkdir -p "$1"
     mark_done "$1/.begun" "$2"
+}
+# No more jobs than the smallest of the given lists has lines.
+jobs_for() {
+    local jobs=${nj} list lines
+    for list in "$@"; do
+        lines=$(wc -l < "${list}")
+        jobs=$((jobs < lines ? jobs : lines))
+    done
+    echo "${jobs}"
 }
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.
 logged() {
@@ -164,7 +192,7 @@ case ${token_type} in
     *) die "--token_type is '${token_type}'; expected bpe, char or word" ;;
 esac
 token_list=${token_dir}/tokens.txt
-lm_train_text=${lm_train_text:-${data_feats}/${train_set_sp}/text}
+lm_sources=${lm_train_text:-${data_feats}/${train_set_sp}/text}
 lm_dev_text=${lm_dev_text:-${data_feats}/${valid_set}/text}
 lm_test_text=${lm_test_text:-${lm_dev_text}}
 config_name() { basename "${1%.yaml}"; }
@@ -173,6 +201,7 @@ if [ -z "${lm_tag}" ]; then
 fi
 lm_exp=${expdir}/lm_${lm_tag}
 lm_stats_dir=${expdir}/lm_stats_${lm_tag}
+lm_train_text=${lm_stats_dir}/lm_train.txt
 if [ -z "${asr_tag}" ]; then
     asr_tag=$(config_name "${asr_config:-default.yaml}")_raw_${token_name}
     [ -z "${speed_perturb_factors}" ] || asr_tag=${asr_tag}_sp
@@ -201,7 +230,7 @@ fi
 if runs 2 && [ -n "${speed_perturb_factors}" ]; then
     log "stage 2: speed perturbation by ${speed_perturb_factors}"
     # shellcheck disable=SC2086
-    tool perturb_data_dir_speed --factors ${speed_perturb_factors} \
+    tool perturb_speed --factors ${speed_perturb_factors} \
         "data/${train_set}" "data/${train_set_sp}"
 fi
 
@@ -212,7 +241,7 @@ if runs 3; then
         target=${data_feats}/org/${name}
         [ "${name}" = "${train_set_sp}" ] || [ "${name}" = "${valid_set}" ] ||
             target=${data_feats}/${name}
-        tool format_data_dir --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
+        tool format_wav_scp --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
             --drop_bad "${drop_bad}" "data/${name}" "${target}"
     done
 fi
@@ -220,8 +249,8 @@ fi
 if runs 4; then
     log "stage 4: filter by length: ${min_wav_duration} to ${max_wav_duration} s"
     for name in "${train_set_sp}" "${valid_set}"; do
-        tool filter_data_dir --min_duration "${min_wav_duration}" \
-            --max_duration "${max_wav_duration}" \
+        tool filter_data_dir --fs "${fs}" --min_wav_duration "${min_wav_duration}" \
+            --max_wav_duration "${max_wav_duration}" \
             "${data_feats}/org/${name}" "${data_feats}/${name}"
     done
 fi
@@ -235,7 +264,7 @@ if runs 5; then
         log "already done"
     else
         tool make_token_list --token_type "${token_type}" --nbpe "${nbpe}" \
-            --bpemode "${bpemode}" --character_coverage "${bpe_char_cover}" \
+            --bpemode "${bpemode}" --bpe_char_cover "${bpe_char_cover}" \
             --text "${text}" --output_dir "${token_dir}"
         mark_done "${token_dir}/.done" "${mark}"
     fi
@@ -248,7 +277,7 @@ lm_common="--token_type ${token_type} --bpemodel ${bpemodel} --token_list ${toke
 lm_llm_args=""
 [ -z "${llm}" ] || lm_llm_args="--lm_conf llm=${lm_exp}/adapted"
 
-if "${use_lm}" && runs 6; then
+if runs 6; then
     need_tokens
     if [ -n "${llm}" ]; then
         log "stage 6: adapt ${llm} to ${token_list}"
@@ -268,14 +297,22 @@ if "${use_lm}" && runs 6; then
     fi
     if [ -n "${lm_config}" ]; then
         log "stage 6: LM statistics in ${lm_stats_dir}"
-        mark=$(checksum "${lm_train_text}" "${lm_dev_text}" "${token_list}" "${token_type}")
+        # shellcheck disable=SC2086
+        mark=$(checksum ${lm_sources} "${lm_dev_text}" "${token_list}" "${token_type}")
         if is_done "${lm_stats_dir}/.done" "${mark}"; then
             log "already done"
         else
-            tool split_keys --nj "${nj}" "${lm_train_text}" "${lm_stats_dir}/logdir/train.JOB.scp"
-            tool split_keys --nj "${nj}" "${lm_dev_text}" "${lm_stats_dir}/logdir/dev.JOB.scp"
             # shellcheck disable=SC2086
-            run_jobs "${nj}" "${lm_stats_dir}/logdir/stats.JOB.log" \
+            tool prepare_lm_text --text ${lm_sources} --output "${lm_train_text}" \
+                --eval_text "${lm_dev_text}" "${lm_test_text}"
+            jobs=$(jobs_for "${lm_train_text}" "${lm_dev_text}")
+            for name in train dev; do
+                list=lm_${name}_text
+                tool split_data --nj "${jobs}" --name ${name} \
+                    --output_dir "${lm_stats_dir}/logdir" "${!list}" > /dev/null
+            done
+            # shellcheck disable=SC2086
+            run_jobs "${jobs}" "${lm_stats_dir}/logdir/stats.JOB.log" \
                 plugin -m espnet2.bin.lm_train --collect_stats true ${lm_common} ${lm_llm_args} \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
@@ -283,7 +320,7 @@ if "${use_lm}" && runs 6; then
                 --valid_shape_file "${lm_stats_dir}/logdir/dev.JOB.scp" \
                 --output_dir "${lm_stats_dir}/logdir/stats.JOB" --config "${lm_config}" ${lm_args} \
                 --batch_type unsorted --batch_size 512 --ngpu 0
-            input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${nj}")
+            input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${jobs}")
             # shellcheck disable=SC2086
             plugin -m espnet2.bin.aggregate_stats_dirs --skip_sum_stats ${input_dirs} \
                 --output_dir "${lm_stats_dir}"
@@ -296,7 +333,7 @@ if "${use_lm}" && runs 6; then
     fi
 fi
 
-if "${use_lm}" && runs 7; then
+if runs 7; then
     need_tokens
     if [ -z "${lm_config}" ]; then
         [ -n "${llm}" ] || die "stage 7 needs --lm_config to train an LM, or --llm to use one as it is"
@@ -329,7 +366,7 @@ if "${use_lm}" && runs 7; then
     fi
 fi
 
-if "${use_lm}" && runs 8 && [ -n "${lm_config}" ]; then
+if runs 8 && [ -n "${lm_config}" ]; then
     log "stage 8: perplexity of ${lm_test_text}"
     mark=$(checksum "${lm_test_text}" "$(cat "${lm_exp}/.done")")
     if is_done "${lm_exp}/perplexity_test/.done" "${mark}"; then
@@ -358,7 +395,6 @@ asr_common="--use_preprocessor true --token_type ${token_type} --bpemodel ${bpem
 
 if runs 10; then
     need_tokens
-    [ -n "${asr_config}" ] || die "stage 10 needs --asr_config"
     log "stage 10: ASR statistics in ${asr_stats_dir}"
     mark=$(checksum "${asr_train_dir}/wav.scp" "${asr_train_dir}/text" "${asr_valid_dir}/wav.scp" \
         "${asr_valid_dir}/text" "${token_list}" \
@@ -366,18 +402,20 @@ if runs 10; then
     if is_done "${asr_stats_dir}/.done" "${mark}"; then
         log "already done"
     else
-        tool split_keys --nj "${nj}" "${asr_train_dir}/wav.scp" \
-            "${asr_stats_dir}/logdir/train.JOB.scp"
-        tool split_keys --nj "${nj}" "${asr_valid_dir}/wav.scp" \
-            "${asr_stats_dir}/logdir/valid.JOB.scp"
+        jobs=$(jobs_for "${asr_train_dir}/wav.scp" "${asr_valid_dir}/wav.scp")
+        for name in train valid; do
+            directory=asr_${name}_dir
+            tool split_data --nj "${jobs}" --name ${name} \
+                --output_dir "${asr_stats_dir}/logdir" "${!directory}/wav.scp" > /dev/null
+        done
         # shellcheck disable=SC2086
-        run_jobs "${nj}" "${asr_stats_dir}/logdir/stats.JOB.log" \
+        run_jobs "${jobs}" "${asr_stats_dir}/logdir/stats.JOB.log" \
             plugin -m espnet2.bin.asr_train --collect_stats true ${asr_common} \
             --train_shape_file "${asr_stats_dir}/logdir/train.JOB.scp" \
             --valid_shape_file "${asr_stats_dir}/logdir/valid.JOB.scp" \
             --output_dir "${asr_stats_dir}/logdir/stats.JOB" --config "${asr_config}" ${asr_args} \
             --batch_type unsorted --batch_size 16 --ngpu 0
-        input_dirs=$(seq -f "--input_dir ${asr_stats_dir}/logdir/stats.%g" "${nj}")
+        input_dirs=$(seq -f "--input_dir ${asr_stats_dir}/logdir/stats.%g" "${jobs}")
         # shellcheck disable=SC2086
         plugin -m espnet2.bin.aggregate_stats_dirs ${input_dirs} --output_dir "${asr_stats_dir}"
         for name in train valid; do
@@ -390,7 +428,6 @@ fi
 
 if runs 11; then
     need_tokens
-    [ -n "${asr_config}" ] || die "stage 11 needs --asr_config"
     log "stage 11: ASR training in ${asr_exp}"
     init_args=""
     init_marks=""
@@ -467,22 +504,19 @@ if runs 12; then
             log "${name} already decoded"
             continue
         fi
-        keys=$(wc -l < "${data_feats}/${name}/wav.scp")
-        jobs=$((inference_nj < keys ? inference_nj : keys))
         rm -rf "${directory}"
-        tool split_keys --nj "${jobs}" "${data_feats}/${name}/wav.scp" \
-            "${directory}/logdir/keys.JOB.scp"
+        jobs=$(tool split_data --nj "${inference_nj}" --name keys \
+            --output_dir "${directory}/logdir" "${data_feats}/${name}/wav.scp")
         # shellcheck disable=SC2086
         run_jobs "${jobs}" "${directory}/logdir/asr_inference.JOB.log" \
             tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" \
             --data_path_and_name_and_type "${data_feats}/${name}/wav.scp,speech,sound" \
             --key_file "${directory}/logdir/keys.JOB.scp" \
             --output_dir "${directory}/logdir/output.JOB" ${inference_args}
-        for file in token token_int score text; do
-            for job in $(seq "${jobs}"); do
-                cat "${directory}/logdir/output.${job}/1best_recog/${file}"
-            done | LC_ALL=C sort -k1,1 > "${directory}/${file}"
-        done
+        # shellcheck disable=SC2046
+        tool merge_data --output_dir "${directory}" --key_file "${data_feats}/${name}/wav.scp" \
+            $(seq -f "${directory}/logdir/output.%g" "${jobs}")
+        cp "${directory}"/1best_recog/* "${directory}"
         mark_done "${directory}/.done" "${mark}"
     done
 fi
