@@ -16,9 +16,9 @@ from espnet_llm_plugin.transducer.joint import check_blank_norm
 from espnet_llm_plugin.transducer.options import refuse_unknown
 from espnet_llm_plugin.transducer.predictors import as_history, build_predictor
 
-# ESPnet's default search expands a frame for as long as labels raise the score. With a large
-# bonus that may be for ever; no utterance has this many labels.
-MAX_LABELS = 5000
+# ESPnet's default search stays at a frame for as long as labels cost less than blank. With a label
+# bonus, or an untrained model, that may be for ever; a beam of 50 needs a few hundred expansions.
+MAX_EXPANSIONS = 3000
 
 
 class FactorizedOutput(NamedTuple):
@@ -99,6 +99,8 @@ class FactorizedTransducerDecoder(AbsDecoder):
         self.dunits = self.num_labels + joint_dim
         self.blank_id = 0
         self.device = torch.device("cpu")
+        self._frame = 0
+        self._expansions = 0
 
     @property
     def decoding_alpha(self) -> float:
@@ -160,14 +162,21 @@ class FactorizedTransducerDecoder(AbsDecoder):
 
     def score(self, hyp: Any, cache: dict) -> tuple[Tensor, Any, Tensor]:
         """Decoder output (L + J,), state after the hypothesis, and its last token (1,)."""
-        if len(hyp.yseq) > MAX_LABELS:
+        self._expansions = self._expansions + 1 if cache else 1  # an empty cache: a new search
+        if self._expansions > MAX_EXPANSIONS:
             raise UserError(
-                f"the search reached {MAX_LABELS} labels: with label_bonus={self.label_bonus} and "
-                f"beta={self.beta} every label raises the score. Lower label_bonus, or use "
-                "search_type tsd, alsd, nsc or maes, which bound the labels per frame"
+                f"the search expanded {MAX_EXPANSIONS} hypotheses without leaving a frame: labels "
+                f"go on for ever with this model, label_bonus={self.label_bonus} and "
+                f"beta={self.beta}. Lower label_bonus, or use search_type tsd, alsd, nsc or maes, "
+                "which bound the labels per frame"
             )
         decoder_out, states = self._score_batch([hyp], cache)
         return decoder_out[0], states[0], torch.tensor([hyp.yseq[-1]], device=self.device)
+
+    def at_frame(self, encoder_out: Tensor) -> None:
+        """Notice that a search has moved on to another frame."""
+        if encoder_out.data_ptr() != self._frame:
+            self._frame, self._expansions = encoder_out.data_ptr(), 0
 
     def batch_score(
         self, hyps: Sequence[Any], dec_states: Sequence[Any], cache: dict, use_lm: bool

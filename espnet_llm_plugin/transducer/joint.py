@@ -95,6 +95,7 @@ class FactorizedJoint:
             ``P`` contains alpha; minus infinity for ``<sos/eos>``, which is never emitted.
         """
         decoder = self.decoder
+        decoder.at_frame(encoder_out)
         lm, predictor_part = decoder_out.split([decoder.num_labels, decoder.joint_dim], dim=-1)
         acoustic, acoustic_blank = decoder.acoustic(encoder_out)
         blank_logit = acoustic_blank + decoder.blank.join(

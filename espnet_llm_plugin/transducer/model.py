@@ -14,6 +14,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.base_model import AbsTransducerModel, Lattice
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.joint import FactorizedJoint, ResidualJoint
+from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
 
 
 class TransducerModel(AbsTransducerModel):
@@ -179,8 +180,6 @@ class FactorizedTransducerModel(AbsTransducerModel):
 
     def lattice_nll(self, batch: Lattice) -> tuple[Tensor, dict[str, Tensor]]:
         """-log P(text | speech) (B,); also the predictor's -log P(text) if it is trained."""
-        from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
-
         labels = batch.text - 1
         if int(labels.max()) >= self.decoder.num_labels or int(labels.min()) < 0:
             raise UserError(

@@ -133,7 +133,7 @@ def test_llm_of_another_size(llm):
 def test_llm_of_another_token_list(llm):
     predictor = LLMPredictor(LABELS, llm=llm)
     predictor.check_token_list(TOKENS)
-    with pytest.raises(UserError, match="tokens.txt"):
+    with pytest.raises(UserError, match="another token list"):
         predictor.check_token_list([*TOKENS[:3], "B", *TOKENS[4:]])
 
 
