@@ -6,6 +6,13 @@ import os
 from espnet2.utils.types import str2bool
 
 
+def _jobs(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help shows defaults."""
     return argparse.ArgumentParser(
@@ -31,5 +38,5 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         help="Without a file 'utt2spk' let every utterance be its own speaker",
     )
     parser.add_argument(
-        "--nj", type=int, default=min(8, os.cpu_count() or 1), help="Number of parallel jobs"
+        "--nj", type=_jobs, default=min(8, os.cpu_count() or 1), help="Number of parallel jobs"
     )

@@ -111,6 +111,11 @@ def source_file(spec: str) -> Optional[str]:
     return spec if os.path.exists(spec) else split_archive(spec)[0]
 
 
+def is_seekable(spec: str) -> bool:
+    """Whether parts of ``spec`` can be read without reading all of it (judged by its name)."""
+    return spec.lower().endswith((".wav", ".flac", ".sph", ".aiff"))
+
+
 class _File:
     """Part of a sound file is read only when it is asked for."""
 

@@ -10,20 +10,20 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 from tqdm import tqdm
 
 from espnet_llm_plugin.data import audio
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.data.disk import explain, writing
+from espnet_llm_plugin.data.journal import Done, Job, Journal, Settings, output_path, signature
 from espnet_llm_plugin.data.kaldi import (
     DataDir,
     Segment,
@@ -40,44 +40,7 @@ ADVICE = (
     "Correct the data, or give --drop_bad true to leave these utterances out (they are counted "
     f"and listed in '{DROPPED}')."
 )
-SUBDIRECTORIES = 64
 AUDIO_FORMATS = ("flac", "wav")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the audio shall become.
-
-    Args:
-        directory: Where written audio goes.
-        fs: Sampling rate in Hz; ``None`` keeps the one of the source.
-        audio_format: ``flac`` or ``wav``, 16 bit.
-        channel: Which channel of recordings with several.
-    """
-
-    directory: str
-    fs: Optional[int]
-    audio_format: str
-    channel: Optional[int]
-
-
-class Done(NamedTuple):
-    """A finished utterance; ``size`` is that of a file written here, 0 for one used in place."""
-
-    utterance: str
-    signature: str
-    num_samples: int
-    rate: int
-    size: int
-    path: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """The utterances of one recording."""
-
-    spec: str
-    parts: tuple[tuple[str, Optional[Segment]], ...]
 
 
 @dataclass
@@ -97,24 +60,6 @@ class Summary:
     dropped: int
     reused: int
     seconds: float
-
-
-def signature(job: Job, segment: Optional[Segment], settings: Settings) -> str:
-    """Changes whenever the output for an utterance would have to be made again."""
-    path = audio.source_file(job.spec)
-    state = None  # a pipe is known by its command only
-    if path is not None and os.path.exists(path):
-        status = os.stat(path)
-        state = (status.st_size, status.st_mtime_ns)
-    wanted = (settings.fs, settings.audio_format, settings.channel)
-    return f"{zlib.crc32(repr((job.spec, state, segment, wanted)).encode()):08x}"
-
-
-def output_path(utterance: str, settings: Settings) -> str:
-    """Where an utterance's audio is written; the same in every run, whatever ``nj`` is."""
-    folder = zlib.crc32(utterance.encode()) % SUBDIRECTORIES
-    name = utterance.replace("%", "%25").replace("/", "%2F")
-    return f"{settings.directory}/format.{folder:02d}/{name}.{settings.audio_format}"
 
 
 def _usable_in_place(job: Job, recording: audio.Recording, settings: Settings) -> bool:
@@ -204,16 +149,33 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _batches(jobs: list[Job], nj: int) -> Iterator[list[Job]]:
+    """Jobs in portions of at most 64 utterances, and at least eight portions a process.
+
+    Many segments of one file are divided, too, where each portion can seek to its own; what comes
+    from a command or an archive is read once, in one portion.
+    """
+    size = max(1, min(64, sum(len(job.parts) for job in jobs) // (8 * nj)))
+    batch: list[Job] = []
+    count = 0
+    for job in jobs:
+        step = size if audio.is_seekable(job.spec) else len(job.parts)
+        for start in range(0, len(job.parts), step):
+            part = replace(job, parts=job.parts[start : start + step])
+            if batch and count + len(part.parts) > size:
+                yield batch
+                batch, count = [], 0
+            batch.append(part)
+            count += len(part.parts)
+    if batch:
+        yield batch
+
+
 def _run(jobs: list[Job], settings: Settings, nj: int) -> Iterator[Result]:
     """Results in the order of the jobs, from ``nj`` processes."""
-    count = sum(len(job.parts) for job in jobs)
-    size = max(1, min(64, count // (8 * nj)))
-    batches: list[list[Job]] = [[]]
-    for job in jobs:
-        if sum(len(j.parts) for j in batches[-1]) >= size:
-            batches.append([])
-        batches[-1].append(job)
-    if nj == 1 or len(batches) == 1:
+    batches = list(_batches(jobs, nj))
+    nj = min(nj, len(batches))
+    if nj <= 1:
         for batch in batches:
             yield process(batch, settings)
         return
@@ -229,41 +191,6 @@ def _run(jobs: list[Job], settings: Settings, nj: int) -> Iterator[Result]:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Journal:
-    """Finished utterances, one line each, appended as they come."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.entries: dict[str, Done] = {}
-        if path.exists():
-            content = path.read_text(encoding="utf-8")
-            complete = content[: content.rfind("\n") + 1]  # the last line may have been cut off
-            if len(complete) < len(content):
-                with atomic_write(path) as stream:
-                    stream.write(complete)
-            for line in complete.split("\n")[:-1]:
-                name, made, num_samples, rate, size, where = line.split("\t", 5)
-                self.entries[name] = Done(name, made, int(num_samples), int(rate), int(size), where)
-        # Unbuffered: nothing is left to be written when the disk was full or the process is ended.
-        self.stream = path.open("ab", buffering=0)
-
-    def add(self, done: Iterable[Done]) -> None:
-        lines = "".join("\t".join(map(str, entry)) + "\n" for entry in done).encode()
-        while lines:
-            lines = lines[self.stream.write(lines) :]
-
-    def finished(self, job: Job, utterance: str, segment: Optional[Segment], settings: Settings):
-        """Whether the utterance's audio is there, made from this source with these settings."""
-        entry = self.entries.get(utterance)
-        if entry is None or entry.signature != signature(job, segment, settings):
-            return False
-        if entry.size == 0:
-            return entry.path == job.spec
-        if entry.path != output_path(utterance, settings):
-            return False
-        return os.path.exists(entry.path) and os.path.getsize(entry.path) == entry.size
 
 
 @contextmanager

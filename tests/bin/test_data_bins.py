@@ -151,6 +151,13 @@ def test_audio_options(source):
         format_wav_scp.main(["corpus", "dump/all", "--ref_channel", "1"])
 
 
+@pytest.mark.parametrize("nj", ["0", "-1", "x"])
+def test_number_of_jobs(source, nj):
+    with pytest.raises(SystemExit) as done:
+        format_wav_scp.main(["corpus", "dump/all", "--nj", nj])
+    assert done.value.code == 2
+
+
 def test_perturb_audio_between_pipes(source, root):
     command = [sys.executable, "-m", "espnet_llm_plugin.bin.perturb_audio", "1.25"]
     file = source.path / "audio/u04.wav"

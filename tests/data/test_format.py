@@ -15,6 +15,8 @@ import soundfile
 
 from espnet_llm_plugin.data import atomic, audio, format
 from espnet_llm_plugin.data.format import format_data_dir
+from espnet_llm_plugin.data.journal import Job
+from espnet_llm_plugin.data.kaldi import Segment
 from espnet_llm_plugin.errors import UserError
 
 from .conftest import table, tone
@@ -132,6 +134,42 @@ def test_lhotse_reads_the_same_segments(empty_dir, tmp_path):
         assert set(found) == {"a", "b"}
         for key, samples in found.items():
             np.testing.assert_array_equal(audio.to_pcm16(samples), result[key])
+
+
+def test_batches_hold_every_utterance_once(tmp_path):
+    segment = Segment("r", 0, 1)
+    jobs = [
+        Job("long.wav", tuple((f"a{i}", segment) for i in range(100))),
+        Job("cat long.wav |", tuple((f"b{i}", segment) for i in range(100))),
+        *(Job(f"{i}.flac", ((f"c{i}", None),)) for i in range(100)),
+    ]
+    for nj in (1, 4, 100):
+        batches = list(format._batches(jobs, nj))
+        utterances = [key for batch in batches for job in batch for key, _ in job.parts]
+        assert utterances == [key for job in jobs for key, _ in job.parts]  # also the order
+        size = max(1, 300 // (8 * nj))
+        for batch in batches:
+            if any(job.spec == "cat long.wav |" for job in batch):
+                assert sum(len(j.parts) for j in batch if j.spec.startswith("cat")) == 100
+            else:
+                assert sum(len(job.parts) for job in batch) <= size
+    assert list(format._batches([], 2)) == []
+
+
+def test_segments_of_one_file_in_several_processes(empty_dir, tmp_path):
+    noise = np.random.default_rng(0).integers(-9999, 9999, 80000).astype(np.int16)
+    empty_dir.audio("r.wav", noise)
+    empty_dir.table("wav.scp", "r audio/r.wav\n")
+    ids = [f"u{i:02d}" for i in range(40)]
+    empty_dir.table(
+        "segments", "".join(f"{k} r {i / 4} {i / 4 + 0.25}\n" for i, k in enumerate(ids))
+    )
+    empty_dir.table("text", "".join(f"{k} x\n" for k in ids))
+    empty_dir.table("utt2spk", "".join(f"{k} s\n" for k in ids))
+    format_data_dir(empty_dir.path, tmp_path / "out", nj=2)
+    result = sounds(tmp_path / "out")
+    for i, key in enumerate(ids):
+        np.testing.assert_array_equal(result[key], noise[i * 2000 : (i + 1) * 2000])
 
 
 def test_channel(empty_dir, tmp_path):

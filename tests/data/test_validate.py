@@ -100,9 +100,6 @@ def test_interrupted_copy_has_no_wav_scp(data_dir, tmp_path, monkeypatch):
     copy = tmp_path / "out"
     validate_data_dir(data_dir.path, output_dir=copy)
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(validate, "write_data_dir", lambda d, p: _write_until("text", d, p))
         with pytest.raises(KeyboardInterrupt):
