@@ -1,0 +1,175 @@
+"""Making the corpus: the same bytes for any number of processes, complete or continued."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from espnet_llm_plugin.bin.make_synthetic_corpus import main
+from espnet_llm_plugin.data.synthetic import corpus, jobs
+from espnet_llm_plugin.data.synthetic.corpus import Sizes, make_corpus
+from espnet_llm_plugin.errors import UserError
+
+pytest.importorskip("espeakng_loader", reason="needs the extra 'demo'")
+
+SIZES = Sizes(train=60, dev=5, test=6, lm=50)
+
+
+def hashes(directory: Path) -> dict:
+    """Contents of all files by path; paths inside the tables are made relative."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes().replace(str(directory).encode(), b"DIR")
+            found[str(path.relative_to(directory))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus") / "data"
+    report, fresh = make_corpus(directory, SIZES, seed=0, nj=1)
+    assert fresh
+    return directory, report, hashes(directory)
+
+
+def test_same_bytes_with_two_processes_other_bytes_with_another_seed(made, tmp_path):
+    _, _, expected = made
+    make_corpus(tmp_path / "two", SIZES, seed=0, nj=2)
+    assert hashes(tmp_path / "two") == expected
+    make_corpus(tmp_path / "other", Sizes(3, 2, 2, 5), seed=1, nj=1)
+    assert not set(hashes(tmp_path / "other").values()) & set(expected.values())
+
+
+def test_data_directories(made):
+    directory, report, _ = made
+    seconds = 0.0
+    for split, count in (("train", 60), ("dev", 5), ("test", 6)):
+        tables = {
+            name: dict(
+                line.split(maxsplit=1)
+                for line in (directory / split / name).read_text().splitlines()
+            )
+            for name in ("wav.scp", "text", "utt2spk", "spk2utt")
+        }
+        assert len(tables["wav.scp"]) == count
+        assert list(tables["wav.scp"]) == list(tables["text"]) == list(tables["utt2spk"])
+        assert list(tables["text"]) == sorted(tables["text"])
+        assert list(tables["utt2spk"].values()) == sorted(tables["utt2spk"].values())
+        assert {
+            utterance: speaker
+            for speaker, utterances in tables["spk2utt"].items()
+            for utterance in utterances.split()
+        } == tables["utt2spk"]
+        for utterance, speaker in tables["utt2spk"].items():
+            assert utterance.startswith(speaker)
+        for utterance, path in tables["wav.scp"].items():
+            wave, rate = soundfile.read(path, dtype="int16")
+            assert rate == 16000 and wave.ndim == 1
+            assert 300 < abs(wave).max() <= 0.951 * 32767
+            speed = len(tables["text"][utterance].split()) / (len(wave) / rate)
+            assert 1.8 < speed < 5.5
+            seconds += len(wave) / rate
+    lines = (directory / "lm_train.txt").read_text().splitlines()
+    assert len(lines) == 50 and all(re.fullmatch(r"[a-z' ]+", line) for line in lines)
+    with_ids = (directory / "lm_train" / "text").read_text().splitlines()
+    assert [line.split(maxsplit=1)[1] for line in with_ids] == lines
+    assert len({line.split()[0] for line in with_ids}) == 50
+    hours = sum(report["sets"][split]["hours"] for split in ("train", "dev", "test"))
+    assert hours == pytest.approx(seconds / 3600)
+
+
+def test_speakers_are_disjoint(made):
+    directory, _, _ = made
+    names = [
+        {line.split()[0] for line in (directory / split / "spk2utt").read_text().splitlines()}
+        for split in ("train", "dev", "test")
+    ]
+    assert len(set.union(*names)) == sum(len(n) for n in names)
+
+
+def test_a_complete_corpus_is_not_made_again(made, monkeypatch):
+    directory, report, expected = made
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    monkeypatch.setattr(corpus, "in_fresh_processes", None)  # would fail if it were called
+    again, fresh = make_corpus(directory, SIZES, seed=0, nj=1)
+    assert not fresh and again == report
+    assert {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()} == before
+
+
+def test_an_interrupted_run_continues(made, monkeypatch, tmp_path):
+    _, _, expected = made
+    directory = tmp_path / "data"
+    calls = []
+
+    def killed_after_two(function, batches, nj, preload):
+        for number, result in enumerate(
+            jobs.in_fresh_processes(function, batches, nj, preload), start=1
+        ):
+            calls.append(function.__name__)
+            if function is corpus._speak_batch and number == 2:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(corpus, "in_fresh_processes", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        make_corpus(directory, SIZES, seed=0, nj=1)
+    assert not (directory / "train").exists()
+    done = {p: p.stat().st_mtime_ns for p in directory.rglob("*.wav")}
+    assert done
+    monkeypatch.setattr(corpus, "in_fresh_processes", jobs.in_fresh_processes)
+    make_corpus(directory, SIZES, seed=0, nj=1)
+    assert hashes(directory) == expected
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # finished batches were kept
+
+
+def test_a_lost_file_is_made_again(made, tmp_path):
+    _, _, expected = made
+    directory = tmp_path / "data"
+    make_corpus(directory, SIZES, seed=0, nj=2)
+    next(iter((directory / "synthetic").rglob("*dev*.wav"))).unlink()
+    _, fresh = make_corpus(directory, SIZES, seed=0, nj=1)
+    assert fresh and hashes(directory) == expected
+
+
+def test_another_size_replaces_the_corpus(tmp_path):
+    small = Sizes(3, 2, 2, 5)
+    make_corpus(tmp_path, small, seed=0)
+    make_corpus(tmp_path, Sizes(4, 2, 2, 5), seed=0)
+    assert len((tmp_path / "train" / "text").read_text().splitlines()) == 4
+    assert len(list((tmp_path / "synthetic").rglob("*.wav"))) == 8
+    assert json.loads((tmp_path / "synthetic" / "corpus.json").read_text())["sizes"]["train"] == 4
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(UserError, match="nj must be at least 1"):
+        make_corpus(tmp_path, SIZES, nj=0)
+    with pytest.raises(UserError, match="'dev' must have at least 1"):
+        Sizes(1, 0, 1, 1)
+    with pytest.raises(UserError, match="must not be negative"):
+        make_corpus(tmp_path, SIZES, seed=-1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(made, capsys):
+    directory, _, _ = made
+    options = "--num_train 60 --num_dev 5 --num_test 6 --num_lm 50 --seed 0 --nj 1"
+    main(["--output_dir", str(directory), "--size", "tiny", *options.split()])
+    printed = capsys.readouterr().out
+    assert "already complete" in printed
+    assert re.search(r"^train +60 ", printed, re.MULTILINE)
+
+
+def test_processes_are_fresh_and_errors_arrive():
+    pids = list(jobs.in_fresh_processes(os.getpid, [()] * 4, 2, "os"))
+    assert len(set(pids)) == 4 and os.getpid() not in pids
+    with pytest.raises(UserError, match="no such file|No such file"):
+        list(jobs.in_fresh_processes(os.listdir, [("/nowhere/at/all",)], 1, "os"))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        list(jobs.in_fresh_processes(divmod, [(1, 0)], 1, "os"))
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        list(jobs.in_fresh_processes(os._exit, [(7,)], 1, "os"))
