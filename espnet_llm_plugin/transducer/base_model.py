@@ -55,8 +55,6 @@ class AbsTransducerModel(ESPnetASRModel):
         parts: Mapping[str, Any],
         ctc_weight: float,
         max_labels_per_frame: float,
-        ignore_id: int,
-        extract_feats_in_collect_stats: bool,
         unknown: Mapping[str, Any],
         name: str,
     ):
@@ -75,10 +73,8 @@ class AbsTransducerModel(ESPnetASRModel):
             # joint network; and would drop the decoder at ctc_weight 1.
             joint_network=None,
             ctc_weight=0.5 if ctc_weight else 0.0,
-            ignore_id=ignore_id,
             report_cer=False,
             report_wer=False,
-            extract_feats_in_collect_stats=extract_feats_in_collect_stats,
             **parts,
         )
         del self.criterion_att  # of the attention model that the base class believes this to be
@@ -113,7 +109,7 @@ class AbsTransducerModel(ESPnetASRModel):
         Args:
             speech: (B, samples, ...).
             speech_lengths: (B,).
-            text: (B, U) token ids, padded with -1 or ``ignore_id``.
+            text: (B, U) token ids; what is beyond ``text_lengths`` does not matter.
             text_lengths: (B,).
             kwargs: ``utt_id``, the utterances' names.
         """
@@ -260,9 +256,7 @@ def trim(
     keep = keep.to(device).nonzero()[:, 0]
     frame_lengths = frame_lengths.to(device)[keep]
     text_lengths = text_lengths.to(device)[keep]
-    # the lattice needs at least one column of labels, even if all transcripts are empty
-    max_labels = max(int(text_lengths.max()), 1)
-    text = torch.nn.functional.pad(text.to(device)[keep], (0, 1), value=1)[:, :max_labels]
+    text = text.to(device)[keep, : int(text_lengths.max())]
     inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
     return Lattice(
         encoder_out=encoder_out[keep, : int(frame_lengths.max())],

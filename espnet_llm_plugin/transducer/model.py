@@ -26,7 +26,6 @@ class TransducerModel(AbsTransducerModel):
         acoustic_residual: add acoustic logits ``joint_network.acoustic_output`` to the joint
             network, whose own output then starts at zero; copying a CTC model's output layer
             there makes training start at the CTC model's posteriors.
-        ignore_id, extract_feats_in_collect_stats: as in ESPnet.
 
     Statistics: ``loss`` = ``loss_transducer`` + ctc_weight * ``loss_ctc`` (nats per utterance),
     ``nll_per_label`` (nats per label), ``num_skipped`` (utterances).
@@ -48,8 +47,6 @@ class TransducerModel(AbsTransducerModel):
         ctc_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
         acoustic_residual: bool = False,
-        ignore_id: int = -1,
-        extract_feats_in_collect_stats: bool = True,
         **unknown: Any,
     ):
         if not isinstance(decoder, TransducerDecoder) or joint_network is None:
@@ -72,8 +69,6 @@ class TransducerModel(AbsTransducerModel):
             ),
             ctc_weight,
             max_labels_per_frame,
-            ignore_id,
-            extract_feats_in_collect_stats,
             unknown,
             "transducer",
         )
@@ -110,7 +105,6 @@ class FactorizedTransducerModel(AbsTransducerModel):
         ilm_weight: weight of the predictor's cross-entropy on the transcripts, -log P_ilm
             [MHAT uses 0.1]; needs a trainable predictor.
         max_labels_per_frame: utterances with more labels per encoder frame are skipped.
-        ignore_id, extract_feats_in_collect_stats: as in ESPnet.
 
     Statistics: ``loss`` = ``loss_transducer`` + ilm_weight * ``loss_ilm`` + ctc_weight *
     ``loss_ctc`` (nats per utterance), ``nll_per_label`` (nats per label), ``num_skipped``.
@@ -132,8 +126,6 @@ class FactorizedTransducerModel(AbsTransducerModel):
         ctc_weight: float = 0.0,
         ilm_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
-        ignore_id: int = -1,
-        extract_feats_in_collect_stats: bool = True,
         **unknown: Any,
     ):
         if not isinstance(decoder, FactorizedTransducerDecoder):
@@ -156,8 +148,6 @@ class FactorizedTransducerModel(AbsTransducerModel):
             ),
             ctc_weight,
             max_labels_per_frame,
-            ignore_id,
-            extract_feats_in_collect_stats,
             unknown,
             "factorized_transducer",
         )
@@ -181,7 +171,7 @@ class FactorizedTransducerModel(AbsTransducerModel):
     def lattice_nll(self, batch: Lattice) -> tuple[Tensor, dict[str, Tensor]]:
         """-log P(text | speech) (B,); also the predictor's -log P(text) if it is trained."""
         labels = batch.text - 1
-        if int(labels.max()) >= self.decoder.num_labels or int(labels.min()) < 0:
+        if ((labels < 0) | (labels >= self.decoder.num_labels)).any():
             raise UserError(
                 "a transcript contains <blank> or <sos/eos> as a token; token ids must be in "
                 f"1..{self.decoder.num_labels}"

@@ -80,7 +80,7 @@ def batch(frames=(6, 4, 5), labels=((2, 3, 4), (1, 1), (5,)), seed=0):
     generator = torch.Generator().manual_seed(seed)
     speech = torch.randn(len(frames), max(frames), INPUT, generator=generator)
     longest = max(map(len, labels))
-    text = torch.tensor([[*row, *[-1] * (longest - len(row))] for row in labels])
+    text = torch.tensor([[*row, *[-1] * (longest - len(row))] for row in labels]).long()
     lengths = torch.tensor([len(row) for row in labels])
     return speech, torch.tensor(frames), text.reshape(len(labels), longest), lengths
 
