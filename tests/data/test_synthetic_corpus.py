@@ -139,10 +139,12 @@ def test_a_lost_file_is_made_again(made, tmp_path):
 def test_another_size_replaces_the_corpus(tmp_path):
     small = Sizes(3, 2, 2, 5)
     make_corpus(tmp_path, small, seed=0)
+    (tmp_path / "synthetic" / "mine").mkdir()
     make_corpus(tmp_path, Sizes(4, 2, 2, 5), seed=0)
     assert len((tmp_path / "train" / "text").read_text().splitlines()) == 4
     assert len(list((tmp_path / "synthetic").rglob("*.wav"))) == 8
     assert json.loads((tmp_path / "synthetic" / "corpus.json").read_text())["sizes"]["train"] == 4
+    assert (tmp_path / "synthetic" / "mine").is_dir()  # not ours: left alone
 
 
 def test_bad_arguments(tmp_path):
@@ -153,6 +155,48 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match="must not be negative"):
         make_corpus(tmp_path, SIZES, seed=-1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_error_is_one_helpful_line_and_a_second_run_continues(made, monkeypatch, tmp_path):
+    _, _, expected = made
+    directory = tmp_path / "data"
+
+    def broken_at_the_second_batch(function, batches, nj, preload):
+        if function is corpus._speak_batch:
+            batches = [*batches[:1], (batches[1][0], Path("/dev/full/batch"), batches[1][2])]
+        return jobs.in_fresh_processes(function, batches, nj, preload)
+
+    monkeypatch.setattr(corpus, "in_fresh_processes", broken_at_the_second_batch)
+    with pytest.raises(UserError, match="cannot write /dev/full.* run the same command again"):
+        make_corpus(directory, SIZES, seed=0, nj=1)
+    assert not (directory / "train").exists()
+    monkeypatch.undo()
+    make_corpus(directory, SIZES, seed=0, nj=1)
+    assert hashes(directory) == expected
+
+
+def test_a_failed_batch_leaves_nothing(made, tmp_path):
+    directory, report, _ = made
+    voices = directory / "synthetic" / report["key"] / "babble.npz"
+    sentence = corpus.make_texts(SIZES, 0)["dev"][:1]
+    (utterance,) = corpus.plan_utterances(sentence, "dev", 0)
+    nowhere = utterance._replace(speaker=utterance.speaker._replace(variant="m99"))
+    call = ([utterance, nowhere], tmp_path / "dev" / "000", voices)
+    with pytest.raises(UserError, match="m99"):
+        list(jobs.in_fresh_processes(corpus._speak_batch, [call], 1, corpus.__name__))
+    assert list((tmp_path / "dev").iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(made, tmp_path):
+    _, _, expected = made
+    directory = tmp_path / "data"
+    report = make_corpus(directory, SIZES, seed=0, nj=2)[0]
+    (directory / "synthetic" / "corpus.json").unlink()
+    half = directory / "synthetic" / report["key"] / "dev" / ".part.x"
+    half.mkdir()
+    (half / "a.wav").write_bytes(b"half")
+    make_corpus(directory, SIZES, seed=0, nj=1)
+    assert hashes(directory) == expected
 
 
 def test_command_line(made, capsys):
@@ -167,7 +211,7 @@ def test_command_line(made, capsys):
 def test_processes_are_fresh_and_errors_arrive():
     pids = list(jobs.in_fresh_processes(os.getpid, [()] * 4, 2, "os"))
     assert len(set(pids)) == 4 and os.getpid() not in pids
-    with pytest.raises(UserError, match="no such file|No such file"):
+    with pytest.raises(FileNotFoundError, match="/nowhere/at/all"):
         list(jobs.in_fresh_processes(os.listdir, [("/nowhere/at/all",)], 1, "os"))
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         list(jobs.in_fresh_processes(divmod, [(1, 0)], 1, "os"))

@@ -1,10 +1,13 @@
 """Make the synthetic corpus: sentences, speech with noise, Kaldi data directories, statistics."""
 
 import hashlib
+import io
 import json
 import math
 import random
+import re
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence, Union
@@ -13,6 +16,7 @@ import numpy as np
 import soundfile
 
 from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import DataDir, write_data_dir, write_table
 from espnet_llm_plugin.data.synthetic import noise, text
 from espnet_llm_plugin.data.synthetic.jobs import in_fresh_processes
@@ -27,11 +31,12 @@ from espnet_llm_plugin.data.synthetic.speech import (
 )
 from espnet_llm_plugin.errors import UserError
 
-VERSION = 1  # to be raised when the audio made from the same text changes
+VERSION = 1  # to be raised when the same plans (text, speaker, rate) give other audio
 BATCH = 50  # utterances synthesised by one process, in a fixed order
 BABBLE_VOICES = 24
 SPLITS = ("train", "dev", "test")
 _REPORT = "corpus.json"
+_PART = ".part."  # prefix of directories that are being filled
 
 
 @dataclass(frozen=True)
@@ -102,24 +107,32 @@ def _speak_batch(utterances: Sequence[Utterance], directory: Path, voices: Path)
     """Write ``directory/<name>.wav`` of all ``utterances``; the directory appears when complete."""
     with np.load(voices) as stored:
         talkers = [stored[name] for name in stored.files]
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    synthesizer = Synthesizer()
-    for utterance in utterances:
-        rng = np.random.default_rng(utterance.seed)
-        clean = synthesizer.speak(utterance.text, utterance.speaker, utterance.rate)
-        margins = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 8, size=2)
-        wave = noise.degrade(np.pad(clean, margins), talkers, rng)
-        soundfile.write(part / f"{utterance.name}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
-    part.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=_PART, dir=directory.parent))
+    part.chmod(directory.parent.stat().st_mode)  # mkdtemp makes private directories
+    try:
+        synthesizer = Synthesizer()
+        for utterance in utterances:
+            rng = np.random.default_rng(utterance.seed)
+            clean = synthesizer.speak(utterance.text, utterance.speaker, utterance.rate)
+            margins = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 8, size=2)
+            wave = noise.degrade(np.pad(clean, margins), talkers, rng)
+            contents = io.BytesIO()  # soundfile's own writing does not notice a full disk
+            soundfile.write(contents, wave, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+            (part / f"{utterance.name}.wav").write_bytes(contents.getbuffer())
+        part.rename(directory)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
 
 
-def _key(texts: dict[str, list[text.Sentence]], sizes: Sizes, seed: int) -> str:
-    digest = hashlib.sha256(f"{VERSION} {sizes} {seed}\n".encode())
-    for split in sorted(texts):
-        for sentence in texts[split]:
-            digest.update(f"{split} {sentence.text}\n".encode())
+def _key(plans: dict[str, list[Utterance]], lm: list[text.Sentence]) -> str:
+    digest = hashlib.sha256(f"version {VERSION}\n".encode())
+    for split in SPLITS:
+        for utterance in plans[split]:
+            digest.update(f"{split} {utterance}\n".encode())
+    for sentence in lm:
+        digest.update(f"{sentence.text}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -155,7 +168,7 @@ def make_corpus(
     ``output_dir`` as given.
 
     Args:
-        output_dir: Usually ``data``. Its sub-directory ``synthetic`` is ours and is cleaned.
+        output_dir: Usually ``data``. Audio of other seeds or sizes in it is removed.
         sizes: Utterances of each set.
         seed: Any integer >= 0.
         nj: Number of processes.
@@ -165,7 +178,7 @@ def make_corpus(
 
     Raises:
         UserError: espeakng-loader is missing, a size or ``nj`` is not positive, a seed is negative,
-            or the disk is full.
+            or a file cannot be written (full disk, no permission).
     """
     if nj < 1:
         raise UserError(f"nj must be at least 1, not {nj}")
@@ -173,24 +186,37 @@ def make_corpus(
         raise UserError(f"the seed must not be negative: {seed}")
     output = Path(output_dir)
     texts = make_texts(sizes, seed)
-    key = _key(texts, sizes, seed)
+    plans = {split: plan_utterances(texts[split], split, seed) for split in SPLITS}
+    key = _key(plans, texts["lm"])
     report = _existing(output, key)
     if report is not None:
         return report, False
     espeak_library()
+    with writing(output):
+        paths = _speak(plans, output / "synthetic", key, nj)
+        _write_tables(output, texts["lm"], plans, paths)
+        report = {"key": key, "seed": seed, "sizes": asdict(sizes)}
+        report["sets"] = describe(texts, plans, paths)
+        with atomic_write(output / "synthetic" / _REPORT) as stream:  # last: it is all there
+            json.dump(report, stream, indent=2)
+            stream.write("\n")
+    return report, True
 
+
+def _speak(plans: dict[str, list[Utterance]], own: Path, key: str, nj: int) -> dict[str, Path]:
+    """Make the audio that is missing; returns the file of every utterance."""
     # 1. Clear what another seed or size has left, the sign of completeness first.
-    own = output / "synthetic"
     (own / _REPORT).unlink(missing_ok=True)
     audio = own / key
     if own.is_dir():
         for stale in own.iterdir():
-            if stale != audio and stale.is_dir():
+            if stale != audio and re.fullmatch(r"[0-9a-f]{16}", stale.name):
                 shutil.rmtree(stale)
+    for stale in audio.glob(f"*/{_PART}*"):  # of a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     audio.mkdir(parents=True, exist_ok=True)
 
     # 2. Speak the missing batches. The babble's voices come from sentences of train.
-    plans = {split: plan_utterances(texts[split], split, seed) for split in SPLITS}
     voices = audio / "babble.npz"
     module = _speak_batch.__module__
     if not voices.exists():
@@ -208,8 +234,15 @@ def make_corpus(
                 calls.append((batch, directory, voices))
     for _ in in_fresh_processes(_speak_batch, calls, nj, module):
         pass
+    return paths
 
-    # 3. Data directories, then the report, which declares the corpus complete.
+
+def _write_tables(
+    output: Path,
+    lm: list[text.Sentence],
+    plans: dict[str, list[Utterance]],
+    paths: dict[str, Path],
+) -> None:
     for split, plan in plans.items():
         data = DataDir(
             path=output / split,
@@ -218,15 +251,10 @@ def make_corpus(
             text={u.name: u.text for u in plan},
         )
         write_data_dir(data, output / split)
-    lm_text = {f"lm_{i:06d}": s.text for i, s in enumerate(texts["lm"])}
+    lm_text = {f"lm_{i:06d}": s.text for i, s in enumerate(lm)}
     write_table(output / "lm_train" / "text", lm_text)
     with atomic_write(output / "lm_train.txt") as stream:
-        stream.writelines(f"{s.text}\n" for s in texts["lm"])
-    report = {"key": key, "seed": seed, "sizes": asdict(sizes), **describe(texts, plans, paths)}
-    with atomic_write(own / _REPORT) as stream:
-        json.dump(report, stream, indent=2)
-        stream.write("\n")
-    return report, True
+        stream.writelines(f"{s.text}\n" for s in lm)
 
 
 def describe(
@@ -263,4 +291,4 @@ def describe(
             row["words_per_second"] = len(words) / seconds
             row["speakers"] = len({u.speaker.name for u in plans[split]})
         sets[split] = row
-    return {"sets": sets}
+    return sets

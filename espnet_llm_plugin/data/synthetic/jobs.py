@@ -2,6 +2,7 @@
 
 import multiprocessing
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any, Callable, Iterable, Iterator
 
@@ -12,11 +13,11 @@ def _child(pipe, function: Callable, arguments: tuple) -> None:
     try:
         answer = ("done", function(*arguments))
     except (UserError, OSError) as error:
-        answer = ("user", str(error))
+        answer = ("raise", error)
     except Exception:
         answer = ("failed", traceback.format_exc())
-    pipe.send(answer)
-    pipe.close()
+    with suppress(BrokenPipeError):  # the parent has been killed
+        pipe.send(answer)
 
 
 def in_fresh_processes(
@@ -37,7 +38,7 @@ def in_fresh_processes(
         Results, in the order of completion.
 
     Raises:
-        UserError: A call raised it, or an ``OSError`` (full disk, no permission).
+        UserError, OSError: A call raised it.
         RuntimeError: A call failed otherwise, or its process died.
     """
     context = multiprocessing.get_context("forkserver")
@@ -67,8 +68,8 @@ def in_fresh_processes(
                     status, answer = "failed", f"a process died (exit code {process.exitcode})"
                 pipe.close()
                 process.join()
-                if status == "user":
-                    raise UserError(answer)
+                if status == "raise":
+                    raise answer
                 if status == "failed":
                     raise RuntimeError(answer)
                 start()

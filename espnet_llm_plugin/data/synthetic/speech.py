@@ -20,7 +20,7 @@ SAMPLE_RATE = 16000
 # espeak-ng's file names of the accents; twice as many speakers have the first one.
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland")
 VARIANTS = tuple(f"m{i}" for i in range(1, 9)) + tuple(f"f{i}" for i in range(1, 6))
-SLOWEST, FASTEST = 130, 200  # words a minute, as espeak-ng counts
+SLOWEST, FASTEST = 140, 200  # words a minute, as espeak-ng counts
 
 # Constants of espeak-ng's speak_lib.h
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
