@@ -1,0 +1,142 @@
+"""Exact likelihood of a corpus under a transducer or a CTC model.
+
+A half-trained transducer can have a low training loss and useless search results, or the reverse;
+the negative log-likelihood per label of the development set tells which.
+B utterances, T frames, V tokens.
+"""
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from espnet_llm_plugin.errors import UserError
+
+
+@dataclass(frozen=True)
+class CorpusNLL:
+    """Sums over the utterances that the model can produce at all.
+
+    Attributes:
+        nll_per_label: nats; total_nll / num_labels.
+        nll_per_utterance: nats.
+        total_nll: nats.
+        num_labels: tokens of the transcripts.
+        num_utterances: utterances counted.
+        num_impossible: utterances of probability zero (CTC: more labels, repetitions counted
+            twice, than frames; no frames at all), left out of all the above.
+    """
+
+    nll_per_label: float
+    nll_per_utterance: float
+    total_nll: float
+    num_labels: int
+    num_utterances: int
+    num_impossible: int
+
+    def as_dict(self) -> dict[str, Union[float, int]]:
+        """For JSON."""
+        return asdict(self)
+
+
+def corpus_nll(
+    model: torch.nn.Module, batches: Iterable[tuple[Sequence[str], Mapping[str, Tensor]]]
+) -> CorpusNLL:
+    """Exact -log P(text | speech), summed over all alignments, of a corpus.
+
+    Args:
+        model: a transducer of this package, with its own predictor at its training scale, or an
+            ESPnet model with a CTC branch (whose likelihood it is then). Put in evaluation mode.
+        batches: utterance names and ``speech, speech_lengths, text, text_lengths``.
+
+    Raises:
+        UserError: no utterances, no labels, or a model that has neither.
+    """
+    if not hasattr(model, "utterance_nll") and getattr(model, "ctc", None) is None:
+        raise UserError(
+            f"cannot evaluate a {type(model).__name__}: expected model transducer or "
+            "factorized_transducer, or an ESPnet model with a CTC branch (ctc_weight > 0)"
+        )
+    model.eval()
+    device = next(model.parameters()).device
+    total, labels, utterances, impossible = 0.0, 0, 0, 0
+    for names, batch in batches:
+        inputs = [
+            batch[key].to(device) for key in ("speech", "speech_lengths", "text", "text_lengths")
+        ]
+        nll_of = getattr(model, "utterance_nll", None)
+        values = nll_of(*inputs) if nll_of is not None else _ctc_nll(model, *inputs)
+        for name, value, count in zip(names, values.tolist(), batch["text_lengths"].tolist()):
+            if math.isfinite(value):
+                total, labels, utterances = total + value, labels + count, utterances + 1
+            else:
+                impossible += 1
+                logging.warning(f"{name}: the model cannot produce its {count} labels; left out")
+    if labels == 0:
+        raise UserError(
+            f"nothing to evaluate: {utterances} utterances with {labels} labels, and {impossible} "
+            "that the model cannot produce"
+        )
+    return CorpusNLL(total / labels, total / utterances, total, labels, utterances, impossible)
+
+
+@torch.no_grad()
+def _ctc_nll(
+    model: Any, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
+) -> Tensor:
+    encoder_out, frame_lengths = model.encode(speech, speech_lengths)
+    if isinstance(encoder_out, tuple):
+        encoder_out = encoder_out[0]
+    return torch.nn.functional.ctc_loss(
+        model.ctc.log_softmax(encoder_out).float().transpose(0, 1),
+        text.clamp(min=0),
+        frame_lengths,
+        text_lengths,
+        blank=0,
+        reduction="none",
+    )
+
+
+def read_batches(
+    train_args: Any,
+    data: Sequence[tuple[str, str, str]],
+    key_file: Optional[str] = None,
+    batch_size: int = 1,
+    num_workers: int = 1,
+) -> Iterable[tuple[list[str], dict[str, Tensor]]]:
+    """Batches of a data set, preprocessed as in training but without augmentation.
+
+    Args:
+        train_args: the model's training configuration.
+        data: ESPnet's ``path,name,type`` triples, with the names ``speech`` and ``text``.
+        key_file: utterances to take; default: all.
+        batch_size: with more than 1, ESPnet's features of an utterance's last frames (and what
+            normalisation makes of them) depend slightly on the others' lengths.
+
+    Raises:
+        UserError: a name or a file is missing.
+    """
+    from espnet2.tasks.asr import ASRTask
+
+    names = [name for _, name, _ in data]
+    if sorted(names) != ["speech", "text"]:
+        raise UserError(
+            f"--data_path_and_name_and_type gives {', '.join(names) or 'nothing'}; expected "
+            "speech and text, e.g. dump/raw/dev/wav.scp,speech,sound dump/raw/dev/text,text,text"
+        )
+    for path in [path for path, _, _ in data] + ([key_file] if key_file else []):
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path}")
+    return ASRTask.build_streaming_iterator(
+        data,
+        preprocess_fn=ASRTask.build_preprocess_fn(train_args, False),
+        collate_fn=ASRTask.build_collate_fn(train_args, False),
+        key_file=key_file,
+        dtype="float32",
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
