@@ -10,7 +10,7 @@ from torch import Tensor
 class BlankBranch(torch.nn.Module):
     """``z[t,u] = w . tanh(W1 h[t] + W2 embed(y[u-1]) + b)``.
 
-    [HAT, arXiv 2003.07705; MHAT; factorized transducer of the predecessor of 2412.16464]
+    [HAT, arXiv 2003.07705; MHAT, arXiv 2210.17049; factorized transducer, arXiv 2404.01716]
 
     The output layer ``w`` starts at zero, so that a model which adds a CTC output layer's blank
     logit begins exactly at the CTC model's blank probability.

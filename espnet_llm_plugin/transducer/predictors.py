@@ -99,7 +99,8 @@ class StatelessPredictor(AbsPredictor):
 class LSTMPredictor(AbsPredictor):
     """LSTM language model.
 
-    [factorized transducer of the predecessor paper: 3 x 512, or 2 x 2048 projected to 512]
+    [Effective internal LM training and fusion for factorized transducer, arXiv 2404.01716: 3 x 512,
+    or 2 x 2048 projected to 512]
     """
 
     def __init__(

@@ -1,0 +1,45 @@
+"""Every configuration of conf/transducer and conf/ctc builds a model of the size it states."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from espnet_llm_plugin import registry
+from tests.transducer.tiny import save_llm
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+TOKENS = ["<blank>", "<unk>", *(f"t{i}" for i in range(4997)), "<sos/eos>"]
+PREDICTORS = {"stateless": "StatelessPredictor", "lstm": "LSTMPredictor", "llm": "LLMPredictor"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(str(p.relative_to(CONF)) for d in ("transducer", "ctc") for p in CONF.glob(f"{d}/*")),
+)
+def test_configuration(tmp_path, name):
+    registry.register()
+    from espnet2.tasks.asr import ASRTask
+
+    (tmp_path / "tokens.txt").write_text("\n".join(TOKENS) + "\n")
+    options = ["--config", str(CONF / name), "--token_list", str(tmp_path / "tokens.txt")]
+    options += ["--output_dir", str(tmp_path)]
+    conf = yaml.safe_load((CONF / name).read_text())
+    predictor = conf.get("decoder_conf", {}).get("predictor")
+    if predictor == "llm":
+        (tmp_path / "llm").mkdir()
+        llm = save_llm(tmp_path / "llm", tokens=TOKENS)
+        options += ["--decoder_conf", f"predictor_conf.llm={llm}"]
+    args = ASRTask.get_parser().parse_args(options)
+    with torch.device("meta") if predictor != "llm" else torch.device("cpu"):
+        model = ASRTask.build_model(args)
+    stated = re.search(r"(\d+) M\s+(# )?parameters", (CONF / name).read_text())
+    parameters = sum(p.numel() for p in model.parameters())
+    assert int(stated[1]) == round(parameters / 1e6)
+    if predictor is not None:
+        assert type(model.decoder.predictor).__name__ == PREDICTORS[predictor]
+    if predictor == "llm":
+        assert model.decoder.predictor.llm.dtype == "bfloat16"
+        assert not model.decoder.predictor.llm.is_loaded
