@@ -44,7 +44,8 @@ class Endings:
 
     def take(self, order: np.ndarray) -> "Endings":
         """The places (G, K)."""
-        return Endings(*(np.take_along_axis(array, order, 1) for array in vars(self).values()))
+        settings = np.arange(len(order))[:, None]
+        return Endings(*(array[settings, order] for array in vars(self).values()))
 
     def join(self, other: "Endings") -> "Endings":
         """Alignments of either kind."""
@@ -175,11 +176,11 @@ class CTCSearch:
         loss = torch.from_numpy(in_blank.score[g, n] - either.score[g, n]).to(gain)
         candidates[as_index(g, n, last[g, n])] += loss
         # 3. Labels that lead to another live prefix: its probability grows.
-        pair = (tree.parent[node][:, :, None] == node[:, None, :]) & (node > ROOT)[:, :, None]
-        if pair.any():
-            g, child, parent = np.nonzero(pair)
-            into = emitted(g, parent, last[g, child])
-            candidates[as_index(g, parent, last[g, child])] = -torch.inf
+        pairs = state.live_pairs()
+        if len(pairs):
+            g, child = pairs.setting, pairs.child
+            into = emitted(g, pairs.parent, pairs.label)
+            candidates[as_index(g, pairs.parent, pairs.label)] = -torch.inf
             stay_label.score[g, child] = np.logaddexp(stay_label.score[g, child], into.score)
             better = into.viterbi > stay_label.viterbi[g, child]
             g, child = g[better], child[better]

@@ -202,7 +202,7 @@ def identity(args: argparse.Namespace, files: Sequence[Optional[str]]) -> dict[s
     options = {
         name: value
         for name, value in sorted(vars(args).items())
-        if name not in ("output_dir", "log_level", "num_workers", "config")
+        if name not in ("output_dir", "log_level", "num_workers", "nj", "config")
     }
     stats = {str(path): Path(path).stat() for path in files if path}
     return {

@@ -21,6 +21,9 @@ from espnet_llm_plugin.transducer.search import TransducerSearch
 
 Search = Union[TransducerSearch, CTCSearch]
 
+# Prefixes kept at once: a bound on memory for long recordings, out of reach of short ones.
+MAX_PREFIXES = 5000
+
 
 @dataclass(frozen=True)
 class Recognition:
@@ -118,7 +121,9 @@ def build_search(
     device = next(asr.model.parameters()).device
     if asr.is_ctc:
         external = lm and ExternalLM(lm, vocab_size, vocab_size - 2, device)
-        return CTCSearch(asr.model.ctc, beam_size=beam_size, external_lm=external)
+        return CTCSearch(
+            asr.model.ctc, beam_size=beam_size, external_lm=external, max_prefixes=MAX_PREFIXES
+        )
     scorer = build_scorer(asr.model)
     # Label l is token l + 1; an RNN-T has <sos/eos> among its labels, though it never trains it.
     eos = [asr.model.eos - 1] if scorer.num_labels >= asr.model.eos else []
@@ -128,6 +133,7 @@ def build_search(
         max_symbols_per_frame=max_symbols_per_frame,
         external_lm=lm and ExternalLM(lm, vocab_size, scorer.num_labels, device),
         forbidden_labels=eos,
+        max_prefixes=MAX_PREFIXES,
     )
 
 

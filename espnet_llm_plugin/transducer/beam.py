@@ -92,8 +92,13 @@ class Beam:
         return cls(index, score, score.copy(), np.zeros_like(index))
 
     def plus(self, added: np.ndarray) -> "Beam":
-        """The same prefixes with (G, N) added to their scores."""
-        return Beam(self.node.copy(), self.score + added, self.viterbi + added, self.path.copy())
+        """The same prefixes with (G, N) added to their scores; ``node`` is the same array."""
+        return Beam(self.node, self.score + added, self.viterbi + added, self.path.copy())
+
+    def drop(self, places: np.ndarray) -> None:
+        """Empty the places (G, N) that are True."""
+        self.node = np.where(places, -1, self.node)
+        self.score[places] = -np.inf
 
     def merge(self, other: "Beam") -> "Beam":
         """Both together, prefixes found in both as one hypothesis; neither may repeat a prefix.
@@ -108,8 +113,7 @@ class Beam:
             g, mine, theirs = g[better], mine[better], theirs[better]
             self.viterbi[g, mine] = other.viterbi[g, theirs]
             self.path[g, mine] = other.path[g, theirs]
-            seen = same.any(axis=1)
-            other.node[seen], other.score[seen] = -1, -np.inf
+            other.drop(same.any(axis=1))
         return Beam(
             *(
                 np.concatenate([getattr(self, name), getattr(other, name)], axis=1)
@@ -119,17 +123,35 @@ class Beam:
 
     def take(self, order: np.ndarray) -> "Beam":
         """The places (G, K) of each setting."""
+        settings = np.arange(len(order))[:, None]
         return Beam(
-            *(
-                np.take_along_axis(getattr(self, name), order, 1)
-                for name in ("node", "score", "viterbi", "path")
-            )
+            *(getattr(self, name)[settings, order] for name in ("node", "score", "viterbi", "path"))
         )
 
     def best(self, size: int) -> "Beam":
         """The ``size`` best of each setting, best first, no wider than needed."""
         size = min(size, int((self.node >= 0).sum(axis=1).max()))
         return self.take(np.argsort(-self.score, axis=1, kind="stable")[:, :size])
+
+
+class LivePairs:
+    """Live hypotheses that are another live one plus a label: P pairs, all arrays (P).
+
+    Attributes:
+        setting: In [0, G).
+        child: Place of the longer hypothesis, in [0, N).
+        parent: Place of the shorter one.
+        label: The label between them.
+    """
+
+    def __init__(self, node: np.ndarray, tree: PrefixTree):
+        # The empty prefix and empty places have no parent in a beam.
+        above = np.where(node > ROOT, tree.parent[node], -2)
+        self.setting, self.child, self.parent = np.nonzero(above[:, :, None] == node[:, None, :])
+        self.label = tree.label[node[self.setting, self.child]]
+
+    def __len__(self) -> int:
+        return len(self.label)
 
 
 @dataclass
@@ -151,6 +173,14 @@ class SearchState:
     frame: int = 0
     emissions: list[tuple[int, int]] = field(default_factory=lambda: [(0, -1)])
     extra: Any = None
+    _pairs_of: Optional[np.ndarray] = None
+    _pairs: Optional[LivePairs] = None
+
+    def live_pairs(self) -> LivePairs:
+        """Of the beam; kept while its prefixes stay the same, as in most frames."""
+        if self._pairs_of is not self.beam.node:
+            self._pairs_of, self._pairs = self.beam.node, LivePairs(self.beam.node, self.tree)
+        return self._pairs
 
     def emit(self, path: np.ndarray, frame: int) -> np.ndarray:
         """Indices of new emissions at ``frame``, one after each of ``path`` (N)."""
@@ -252,6 +282,31 @@ class ScaledScores:
 
 
 @dataclass
+class PrefixRows:
+    """A row of label scores for each hypothesis, kept once for hypotheses that share it.
+
+    Attributes:
+        rows: (M, L).
+        index: Row of each hypothesis (G, N).
+    """
+
+    rows: torch.Tensor
+    index: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["PrefixRows"], order: np.ndarray) -> "PrefixRows":
+        """Parts of different settings, together in another order of the settings (G)."""
+        first = np.cumsum([0, *(len(part.rows) for part in parts)])
+        index = np.concatenate([part.index + offset for part, offset in zip(parts, first)])
+        return cls(torch.cat([part.rows for part in parts]), index[order])
+
+    def at(self, settings: np.ndarray, place: np.ndarray, label: np.ndarray) -> list[float]:
+        """Scores of labels after hypotheses (all arguments (P))."""
+        row = torch.from_numpy(self.index[settings, place])
+        return self.rows[row, torch.from_numpy(label)].tolist()
+
+
+@dataclass
 class Extensions:
     """The K best (hypothesis, label) of every setting, all (G, K).
 
@@ -272,21 +327,22 @@ def best_extensions(score: np.ndarray, labels: torch.Tensor, size: int) -> Exten
     """The ``size`` best sums of a hypothesis' score (G, N) and a label's (G, N, L), best first."""
     num_labels = labels.size(2)
     # Totals of long utterances are large: compare in float32 relative to the best.
-    best = np.nan_to_num(score.max(axis=1, keepdims=True), neginf=0.0)
+    best = score.max(axis=1, keepdims=True)
+    best[best == -np.inf] = 0.0
     relative = torch.from_numpy(score - best).to(labels)
     both = (labels + relative[:, :, None]).flatten(1)
     index = both.topk(min(size, both.size(1)), dim=1).indices
     added = labels.flatten(1).gather(1, index).double().cpu().numpy()
-    index = index.cpu().numpy()
-    place, label = index // num_labels, index % num_labels
-    return Extensions(np.take_along_axis(score, place, 1) + added, added, place, label)
+    place, label = np.divmod(index.cpu().numpy(), num_labels)
+    settings = np.arange(len(score))[:, None]
+    return Extensions(score[settings, place] + added, added, place, label)
 
 
 def extend_beam(
     beam: Beam,
     found: Extensions,
     survive: np.ndarray,
-    lm: Optional[torch.Tensor],
+    lm: Optional[PrefixRows],
     state: SearchState,
     frame: int,
 ) -> Beam:
@@ -296,17 +352,13 @@ def extend_beam(
         beam: Hypotheses before the label (G, N).
         found: Extensions of them (G, K).
         survive: Which ones (G, K); only for these prefixes predictor and LM run.
-        lm: Predictor's LM log-probs (G, N, L), or None.
+        lm: Predictor's LM log-probs, or None.
         state: Gets the new prefixes and emissions.
         frame: Where they are emitted.
     """
     g, _ = np.nonzero(survive)
     place, label, added = found.place[survive], found.label[survive], found.added[survive]
-    if lm is None:
-        lm_scores = [0.0] * len(label)
-    else:
-        at = tuple(torch.from_numpy(array) for array in (g, place, label))
-        lm_scores = lm[at].tolist()
+    lm_scores = [0.0] * len(label) if lm is None else lm.at(g, place, label)
     nodes = state.tree.children(beam.node[g, place].tolist(), label.tolist(), lm_scores)
     column = (survive.cumsum(axis=1) - 1)[survive]
     new = Beam.empty(len(survive), int(column.max()) + 1)

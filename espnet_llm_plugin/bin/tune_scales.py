@@ -1,0 +1,85 @@
+"""Choose alpha, beta, the LM weight and the label bonus of a trained model on held-out speech.
+
+Every point of the grid is decoded (utterances are encoded once, language models run once for a
+prefix) and scored by WER. OUTPUT_DIR gets best.yaml, a --config for asr_inference; table.txt;
+scales.json with every point; heat_map.png where two scales vary.
+"""
+
+import argparse
+import logging
+from typing import Optional, Sequence
+
+from espnet_llm_plugin.compat import import_quietly
+from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.inference.options import add_model_options, parse_with_configs
+
+
+def get_parser() -> argparse.ArgumentParser:
+    types = import_quietly("espnet2.utils.types")
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet_llm_plugin.bin.tune_scales",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", help="Options in YAML; may be given several times")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--log_level",
+        type=lambda x: x.upper(),
+        default="INFO",
+        choices=("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "NOTSET"),
+    )
+    parser.add_argument("--ngpu", type=int, default=0, help="0: CPU; 1: one GPU, one process")
+    parser.add_argument("--nj", type=int, default=1, help="Processes (on the CPU)")
+
+    group = parser.add_argument_group("Data")
+    group.add_argument(
+        "--data_path_and_name_and_type",
+        type=types.str2triple_str,
+        required=True,
+        action="append",
+        help="e.g. dump/raw/dev/wav.scp,speech,sound",
+    )
+    group.add_argument("--key_file", help="Utterances to use (default: all)")
+    group.add_argument("--text", required=True, help="Transcripts")
+
+    group = parser.add_argument_group("Models")
+    group.add_argument("--asr_train_config", help="config.yaml of the ASR training")
+    group.add_argument("--asr_model_file", help="ASR checkpoint")
+    group.add_argument("--lm_train_config", help="config.yaml of an external LM's training")
+    group.add_argument("--lm_file", help="LM checkpoint")
+    group.add_argument("--token_type", type=types.str_or_none)
+    group.add_argument("--bpemodel", type=types.str_or_none)
+    add_model_options(parser)
+
+    group = parser.add_argument_group("Grid (one value or several; default: the model's own)")
+    group.add_argument("--alphas", type=float, nargs="+", help="Of a factorized_transducer")
+    group.add_argument("--betas", type=float, nargs="+", help="Of a factorized_transducer")
+    group.add_argument("--lm_weights", type=float, nargs="+", help="Of the external LM")
+    group.add_argument("--label_bonuses", type=float, nargs="+")
+
+    group = parser.add_argument_group("Search")
+    group.add_argument("--beam_size", type=int, default=4)
+    group.add_argument("--max_symbols_per_frame", type=int, default=3)
+    group.add_argument("--normalize_length", type=types.str2bool, default=False)
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    args = parse_with_configs(get_parser(), cmd)
+    logging.basicConfig(
+        level=args.log_level,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    from espnet_llm_plugin.inference.tune import tune
+
+    tune(args)
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()
