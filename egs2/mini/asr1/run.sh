@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# From nothing to a table of word error rates on a synthetic corpus, on two CPU cores:
+# CTC; RNN-T; RNN-T + LLM shallow fusion; factorized transducer (FT) with a weak LM; the same model
+# with the LLM swapped in; FT trained directly with the LLM.
+#
+#   ./run.sh [--size mini|tiny] [--seed N] [--stage N] [--stop_stage N]     (stages: asr_llm.sh)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+size=mini seed=0 stage=1 stop_stage=13
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) sed -n '2,/^set/p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'; exit 0 ;;
+        --size | --seed | --stage | --stop_stage) printf -v "${1#--}" '%s' "${2?$1 needs a value}" ;;
+        *) echo "error: unknown option $1; see ./run.sh --help" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+case ${size} in
+    mini) short="" ;;
+    tiny) short="--max_epoch 1" ;; # checks the machinery, learns little
+    *) echo "error: --size is '${size}'; expected mini or tiny" >&2; exit 2 ;;
+esac
+exp=exp/${size}
+export OMP_NUM_THREADS=1 # two systems at a time, one thread each: the fastest use of two cores
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+
+recipe() {
+    ../../TEMPLATE/asr1/asr_llm.sh --stage "${stage}" --stop_stage "${stop_stage}" --nj 2 \
+        --inference_nj 1 --nbpe 200 --expdir "${exp}" --dumpdir "dump/${size}" "$@"
+}
+lm() {
+    recipe --skip_data_prep true --use_lm true --lm_train_text data/lm_train/text \
+        --lm_test_text "dump/${size}/raw/test/text" --lm_args "${short}" "$@"
+}
+asr() { # name, options
+    recipe --skip_data_prep true --asr_tag "$1" --asr_config "conf/mini/train_$1.yaml" \
+        --asr_args "${short}" "${@:2}"
+}
+train() { asr "$@" --skip_eval true; }
+decode() { asr "$1" --skip_train true --inference_tag "$2" --tune_config "conf/mini/tune_$3.yaml" "${@:4}"; }
+
+# Speech and a larger text-only set; pieces of the recognisers, and of the LLM.
+llm_tokens=(--token_listdir data/token_list_llm --nbpe 400 --bpe_train_text data/lm_train/text)
+recipe --skip_train true --local_data_opts "--size ${size} --seed ${seed} --nj 2"
+recipe --skip_train true --stage 5 "${llm_tokens[@]}"
+
+# The LLM: a small LLaMA with its own tokenizer stands in for a downloaded one; then what a user
+# does with any LLM: adapt its vocabulary to the recognisers' pieces and fine-tune it.
+(
+    lm --lm_tag llama --lm_config conf/mini/train_llama.yaml "${llm_tokens[@]}"
+    lm --lm_tag llama_adapted --lm_config conf/mini/finetune_llama.yaml --llm "${exp}/lm_llama/llm"
+) &
+train ctc
+wait $!
+
+llm=${exp}/lm_llama_adapted
+(
+    train ft_weak --ctc_init "${exp}/asr_ctc"
+    train ft_llm --ctc_init "${exp}/asr_ctc" \
+        --asr_args "${short} --decoder_conf predictor_conf.llm=${llm}/llm"
+) &
+train rnnt --ctc_init "${exp}/asr_ctc"
+wait $!
+
+(
+    decode ctc decode acoustic
+    decode rnnt decode acoustic
+    decode rnnt decode_fusion fusion --inference_lm "${llm}"
+) &
+decode ft_weak decode factorized
+decode ft_weak decode_swap factorized --swap_llm "${llm}/llm"
+decode ft_llm decode factorized
+wait $!
+
+if [ "${stop_stage}" -ge 13 ]; then
+    results=$([ "${size}" = mini ] && echo RESULTS.md || echo "${exp}/RESULTS.md")
+    sed "s#exp/mini#${exp}#" conf/mini/results.yaml > "${exp}/results.yaml"
+    python3 -m espnet_llm_plugin.bin.results_table --config "${exp}/results.yaml" \
+        --output "${results}" --plot "${exp}/wer.png"
+fi
