@@ -12,7 +12,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm import backbone
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm, resolve_llm
 from espnet_llm_plugin.llm.weights import fingerprint
-from tests.llm.tiny import FAMILIES, tiny_config, tiny_model
+from tests.llm.tiny import FAMILIES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -327,9 +327,3 @@ class TestIdentity:
         identity.load_state_dict({"fingerprint": average / 10})
         for dtype in (torch.float16, torch.bfloat16):
             identity.load_state_dict({"fingerprint": saved.to(dtype)})
-
-
-def test_config_of_text_part():
-    """``vocab_size`` comes from the text part of composed configurations."""
-    config = tiny_config("llama")
-    assert config.get_text_config().vocab_size == 37
