@@ -1,0 +1,1 @@
+"""A synthetic speech corpus: sentences by a grammar, voices by espeak-ng, noise."""
