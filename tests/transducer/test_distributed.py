@@ -1,0 +1,59 @@
+"""Distributed training: every process gives every parameter a gradient, whatever its batch."""
+
+import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.transducer.tiny import batch, factorized, rnnt, save_llm
+
+
+def make(kind, llm):
+    if kind == "rnnt":
+        return rnnt(acoustic_residual=True, ctc_weight=0.3)
+    if kind == "llm":
+        return factorized(predictor="llm", predictor_conf={"llm": llm})
+    conf = {"ctc_weight": 0.3, "ilm_weight": 0.1}
+    return factorized(predictor=kind, acoustic_blank=False, model_conf=conf)
+
+
+def data(rank):
+    if rank == 0:
+        return batch()
+    return batch(frames=(2, 1), labels=((1, 2, 3), (2, 3)))  # nothing of it can be trained on
+
+
+def worker(rank, directory, kinds, llm):
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for kind in kinds:
+        model = DistributedDataParallel(make(kind, llm))  # find_unused_parameters=False
+        names = None
+        for _ in range(2):  # DDP notices a parameter without a gradient at the next forward
+            loss, stats, weight = model(*data(rank))
+            assert names is None or list(stats) == names
+            names = list(stats)
+            # as ESPnet's trainer: statistics are summed over processes by name
+            gathered = [None, None]
+            torch.distributed.all_gather_object(gathered, names)
+            assert gathered[0] == gathered[1]
+            loss.sum().backward()
+        if rank == 0:
+            grads = {k: p.grad for k, p in model.module.named_parameters()}
+            torch.save(grads, f"{directory}/{kind}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_one_process_without_a_usable_utterance(tmp_path):
+    (tmp_path / "llm").mkdir()
+    llm = save_llm(tmp_path / "llm")
+    kinds = ("rnnt", "stateless", "lstm", "llm")
+    mp.spawn(worker, (str(tmp_path), kinds, llm), nprocs=2)
+    for kind in kinds:
+        model = make(kind, llm)
+        for _ in range(2):
+            model(*data(0))[0].sum().backward()
+        for name, value in torch.load(tmp_path / f"{kind}.pth").items():
+            # the mean over two processes of which one adds zero
+            expected = dict(model.named_parameters())[name].grad / 2
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
