@@ -254,4 +254,5 @@ def as_index(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
 
 def pad(array: np.ndarray, columns: int, value: float) -> np.ndarray:
     """``array`` (G, N) with more columns."""
-    return np.pad(array, ((0, 0), (0, columns)), constant_values=value)
+    more = np.full((len(array), columns), value, dtype=array.dtype)
+    return np.concatenate([array, more], axis=1)

@@ -8,7 +8,7 @@ import soundfile
 import torch
 import yaml
 
-from espnet_llm_plugin.bin import asr_inference
+from espnet_llm_plugin.bin import asr_inference, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference import decode as decode_module
 from espnet_llm_plugin.inference.options import espnet_parser
@@ -375,3 +375,19 @@ def test_lm_of_other_tokens_is_refused(run, tmp_path):
     lm = make_lm(tmp_path / "lm", "seq_rnn", ["<blank>", "<unk>", "b", "a", "<sos/eos>"])
     with pytest.raises(UserError, match="other tokens.*first difference at id 2"):
         run("transducer", *lm.lm_options())
+
+
+@pytest.mark.parametrize("module", [asr_inference, tune_scales])
+def test_mistakes_of_users_are_one_line_and_exit_code_2(module, monkeypatch, capsys, tmp_path):
+    data = ["--data_path_and_name_and_type", "none.scp,speech,sound", "--text", str(tmp_path / "t")]
+    (tmp_path / "t").write_text("utt a\n")
+    if module is asr_inference:
+        data = data[:2]
+    monkeypatch.setattr("sys.argv", ["x", "--output_dir", str(tmp_path / "out"), *data])
+    with pytest.raises(SystemExit) as exit_code:
+        module.cli()
+    assert exit_code.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "out").exists()

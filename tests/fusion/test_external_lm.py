@@ -6,12 +6,17 @@ from espnet2.lm.seq_rnn_lm import SequentialRNNLM
 from espnet2.lm.transformer_lm import TransformerLM
 
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
+from espnet_llm_plugin.llm.causal_llm import CausalLLM
 
 VOCAB = 9
 
 
 def make(kind):
     torch.manual_seed(0)
+    if kind == "causal_llm":
+        sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2)
+        heads = dict(num_attention_heads=2, num_key_value_heads=1)
+        return CausalLLM(VOCAB, config=dict(model_type="llama", **sizes, **heads)).eval()
     if kind == "transformer":
         return TransformerLM(VOCAB, embed_unit=8, att_unit=8, head=2, unit=8, layer=2).eval()
     return SequentialRNNLM(VOCAB, unit=8, nlayers=2, rnn_type=kind).eval()
@@ -26,7 +31,7 @@ def whole(lm, labels, num_labels):
 
 
 @pytest.mark.parametrize("num_labels", [VOCAB - 2, VOCAB - 1])
-@pytest.mark.parametrize("kind", ["transformer", "lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("kind", ["transformer", "lstm", "gru", "rnn_tanh", "causal_llm"])
 def test_stepwise_equals_the_whole_sequence(kind, num_labels):
     lm = make(kind)
     external = ExternalLM(lm, VOCAB, num_labels)
@@ -43,7 +48,7 @@ def test_stepwise_equals_the_whole_sequence(kind, num_labels):
         states += new
 
 
-@pytest.mark.parametrize("kind,calls", [("lstm", 1), ("transformer", 2)])
+@pytest.mark.parametrize("kind,calls", [("lstm", 1), ("causal_llm", 1), ("transformer", 2)])
 def test_one_call_for_all_prefixes_where_the_lm_can(kind, calls):
     external = ExternalLM(make(kind), VOCAB, VOCAB - 2)
     _, root = external.start()
