@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.loss import BLANK_NORMS
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
-
-BLANK_NORMS = ("sigmoid", "softmax")
 
 
 def check_blank_norm(blank_norm: str) -> None:
