@@ -53,7 +53,7 @@ def build_tokenizer(
         ``(tokenizer, None)``, or ``(None, reason)`` for models that are not unigram.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -82,13 +82,14 @@ def build_tokenizer(
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    backend.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if spec.add_dummy_prefix else "never"
-    # split=False: pieces may span words if the model was trained so
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme, split=False)]
-    )
+    # As normalisation, not by a Metaspace pre-tokenizer: that adds no prefix before a space, and
+    # splits words, while pieces may span words if the model was trained so.
+    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+        undo.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(undo)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=UNK,

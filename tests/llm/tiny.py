@@ -162,6 +162,7 @@ def train_sentencepiece(prefix: Path, sentences, vocab_size: int, **options) -> 
     text.write_text("\n".join(sentences) + "\n", encoding="utf-8")
     options.setdefault("model_type", "unigram")
     options.setdefault("character_coverage", 1.0)
+    options.setdefault("hard_vocab_limit", options["model_type"] != "unigram")
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(prefix),
