@@ -5,7 +5,7 @@ run once for a prefix whatever the number of points, and a frame is one batch of
 """
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional, Protocol, Sequence
 
 import jiwer
@@ -43,11 +43,18 @@ class Point:
     substitutions: int
     words: int
 
-    def as_dict(self) -> dict:
-        """Scales (without ``None``) and errors."""
-        scales = {name: value for name, value in asdict(self.scales).items() if value is not None}
-        errors = {name: value for name, value in asdict(self).items() if name != "scales"}
-        return {**scales, **errors}
+    def as_dict(self, axes: Sequence[str]) -> dict:
+        """The scales of ``axes``, and the errors."""
+        errors = {name: value for name, value in vars(self).items() if name != "scales"}
+        return {**{axis: getattr(self.scales, axis) for axis in axes}, **errors}
+
+
+def used_axes(points: Sequence[Point]) -> list[str]:
+    """Scales that mean something: no alpha and beta without predictor LM, no weight without LM."""
+    predictor = points[0].scales.alpha is not None
+    external = any(point.scales.lm_weight for point in points)
+    used = {"alpha": predictor, "beta": predictor, "lm_weight": external, "label_bonus": True}
+    return [axis for axis in AXES if used[axis]]
 
 
 def make_grid(

@@ -27,6 +27,7 @@ from espnet_llm_plugin.fusion.tuning import (
     score_grid,
     search_grid,
     table,
+    used_axes,
 )
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of, identity
@@ -201,11 +202,8 @@ def write_results(
 ) -> None:
     """``best.yaml``, ``table.txt``, ``heat_map.png`` (two axes), and last ``scales.json``."""
     keep = ("beam_size", "max_symbols_per_frame", "normalize_length")
-    scales = {name: value for name, value in vars(best.scales).items() if value is not None}
-    if not any(point.scales.lm_weight for point in points):
-        del scales["lm_weight"]
-    if best.scales.alpha is None:
-        del scales["beta"]
+    axes = used_axes(points)
+    scales = {axis: getattr(best.scales, axis) for axis in axes}
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")
         yaml.safe_dump({**scales, **{name: getattr(args, name) for name in keep}}, stream)
@@ -219,16 +217,18 @@ def write_results(
     at_edge = edges(best, points)
     with atomic_write(output_dir / "scales.json") as stream:
         content = {
-            "best": best.as_dict(),
+            "best": best.as_dict(axes),
             "at_edge": at_edge,
-            "points": [point.as_dict() for point in points],
+            "points": [point.as_dict(axes) for point in points],
             "seconds": round(seconds, 2),
             "failed": failed,
             "identity": same,
         }
         json.dump(content, stream, indent=1, ensure_ascii=False)
     logging.info(f"all points, best first:\n{listing}")
-    logging.info(f"best: {best.as_dict()} in {seconds:.1f} s; use --config {output_dir}/best.yaml")
+    logging.info(
+        f"best: {best.as_dict(axes)} in {seconds:.1f} s; use --config {output_dir}/best.yaml"
+    )
     for axis in at_edge:
         logging.warning(f"the best {axis} is at the edge of the grid: a better one may lie outside")
 
