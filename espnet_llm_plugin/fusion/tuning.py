@@ -49,11 +49,10 @@ class Point:
         return {**{axis: getattr(self.scales, axis) for axis in axes}, **errors}
 
 
-def used_axes(points: Sequence[Point]) -> list[str]:
+def used_axes(points: Sequence[Point], has_lm: bool) -> list[str]:
     """Scales that mean something: no alpha and beta without predictor LM, no weight without LM."""
     predictor = points[0].scales.alpha is not None
-    external = any(point.scales.lm_weight for point in points)
-    used = {"alpha": predictor, "beta": predictor, "lm_weight": external, "label_bonus": True}
+    used = {"alpha": predictor, "beta": predictor, "lm_weight": has_lm, "label_bonus": True}
     return [axis for axis in AXES if used[axis]]
 
 

@@ -202,7 +202,7 @@ def write_results(
 ) -> None:
     """``best.yaml``, ``table.txt``, ``heat_map.png`` (two axes), and last ``scales.json``."""
     keep = ("beam_size", "max_symbols_per_frame", "normalize_length")
-    axes = used_axes(points)
+    axes = used_axes(points, bool(args.lm_train_config))
     scales = {axis: getattr(best.scales, axis) for axis in axes}
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")

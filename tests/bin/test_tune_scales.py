@@ -127,6 +127,12 @@ def test_models_without_predictor_lm_tune_lm_weight_and_bonus(run, files, kind, 
     assert "alpha" not in best and "beta" not in best
 
 
+def test_an_lm_weight_of_zero_is_written_too(run, files):
+    """asr_inference would take ESPnet's default, 1."""
+    out = run("ctc", *files["lm"].lm_options(), "--lm_weights", "0")
+    assert yaml.safe_load((out / "best.yaml").read_text())["lm_weight"] == 0.0
+
+
 def test_config_file_with_the_grid(run, tmp_path):
     config = tmp_path / "tune.yaml"
     config.write_text("alphas: [0.3, 0.4]\nbetas: [0.2]\nbeam_size: 2\n")
