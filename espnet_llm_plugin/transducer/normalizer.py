@@ -1,8 +1,8 @@
 """Label scores and their normaliser for a distribution that factorises, without a (T, U, V) tensor.
 
 Dimensions: B utterances, T frames, U labels of the target, V labels of the vocabulary (no blank),
-C labels of one chunk of V, N utterances of one block (1 on a CPU, B on an accelerator),
-W positions of the LM: U+1, or 1 where it is switched off.
+C labels of one chunk of V, N utterances of one block, W positions of the LM: U+1, or 1 where it is
+switched off.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Entries of the largest temporary, (N, T, C). On a CPU a chunk should stay in the cache.
-_CPU_ENTRIES = 1 << 20
+# Entries of the largest temporary, (N, T, C). On a CPU it should stay in the last-level cache;
+# smaller ones gain nothing, and every further operation is a further barrier between threads.
+_CPU_ENTRIES = 1 << 21
 _ACCELERATOR_ENTRIES = 1 << 25
 
 
@@ -163,10 +164,18 @@ class _Block:
 
 
 def _blocks(inputs: _Inputs) -> list[_Block]:
-    num_utts = len(inputs.frame_lengths)
-    if inputs.acoustic.device.type == "cpu":  # one by one: no padding, and a chunk stays in cache
-        return [_Block(inputs, slice(b, b + 1), _CPU_ENTRIES) for b in range(num_utts)]
-    return [_Block(inputs, slice(0, num_utts), _ACCELERATOR_ENTRIES)]  # few large kernels
+    """Neighbouring utterances together, as many as one temporary holds; at least one."""
+    on_cpu = inputs.acoustic.device.type == "cpu"
+    entries = _CPU_ENTRIES if on_cpu else _ACCELERATOR_ENTRIES
+    vocab = inputs.acoustic.size(2)
+    starts, longest = [], 0
+    for b, length in enumerate(inputs.frame_lengths):
+        longest = max(longest, length)
+        if not starts or (b + 1 - starts[-1]) * longest * vocab > entries:
+            starts.append(b)
+            longest = length
+    stops = [*starts[1:], len(inputs.frame_lengths)]
+    return [_Block(inputs, slice(*ends), entries) for ends in zip(starts, stops)]
 
 
 def _beyond(lengths: list[int], device: torch.device) -> Optional[Tensor]:
@@ -216,9 +225,11 @@ class _LabelScores(torch.autograd.Function):
                 block.clear_outside(block.cells(score, -1), first=1)
                 # 2. The sum over the labels as a matrix product, chunk by chunk.
                 peaks = block.peaks()
-                total = peaks[0].new_zeros((*block.shape[:2], peaks[1].size(1)))
+                total = peaks[0].new_zeros((block.shape[0], peaks[1].size(1), block.shape[1]))
                 for _, acoustic_exp, lm_exp in block.factors(peaks):
-                    total.baddbmm_(acoustic_exp, lm_exp.transpose(1, 2))
+                    # The short factor first: a quarter faster than the transposed product on CPUs.
+                    total.baddbmm_(lm_exp, acoustic_exp.transpose(1, 2))
+                total = total.transpose(1, 2).contiguous()
                 norm = block.cells(log_norm)
                 norm.copy_(total.log() + peaks[0] + peaks[1].transpose(1, 2))
                 # 3. Cells whose sum may have lost terms, one by one.

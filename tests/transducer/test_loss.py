@@ -17,12 +17,14 @@ from tests.contracts.loss_contract import (
 
 
 class TestFactorizedLoss(LossContract):
+    """As it comes: these small batches are one padded block."""
+
     def loss(self, *batch, **options):
         return factorized_rnnt_loss(*batch, **options)
 
 
 class TestInSmallChunks(LossContract):
-    """A few labels and a single underflowing cell at a time."""
+    """One utterance, a few labels and a single underflowing cell at a time."""
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
@@ -32,17 +34,13 @@ class TestInSmallChunks(LossContract):
         return factorized_rnnt_loss(*batch, **options)
 
 
-class TestAsOnAnAccelerator(LossContract):
-    """All utterances in one padded block, in chunks, and the lattice in torchaudio's kernel."""
+class TestInTorchaudiosKernel(LossContract):
+    """The lattice as on a GPU, the utterances in blocks of one or two."""
 
     @pytest.fixture(autouse=True)
-    def batched(self, monkeypatch):
-        monkeypatch.setattr(
-            normalizer,
-            "_blocks",
-            lambda inputs: [normalizer._Block(inputs, slice(0, len(inputs.frame_lengths)), 64)],
-        )
+    def kernel(self, monkeypatch):
         pytest.importorskip("torchaudio")
+        monkeypatch.setattr(normalizer, "_CPU_ENTRIES", 70)
         monkeypatch.setattr(lattice, "_has_kernel_for", lambda x: x.dtype == torch.float32)
 
     def loss(self, *batch, **options):
@@ -156,3 +154,15 @@ def test_matmul_switches_are_put_back(setting):
         assert matmul.fp32_precision == found
     finally:
         matmul.fp32_precision = before
+
+
+def test_utterances_share_a_block_while_they_fit(monkeypatch):
+    monkeypatch.setattr(normalizer, "_CPU_ENTRIES", 60)
+    batch = make_batch((3, 3, 4, 12, 1), (2, 0, 1, 2, 1), vocab=5)
+    targets = batch.targets.clamp_min(0)
+    lengths = batch.frame_lengths.tolist(), batch.target_lengths.tolist()
+    inputs = normalizer._Inputs(batch.acoustic, batch.lm, targets, *lengths, 1.0, torch.float32)
+    blocks = normalizer._blocks(inputs)
+    assert [(block.utts.start, block.utts.stop) for block in blocks] == [(0, 3), (3, 4), (4, 5)]
+    assert [block.shape for block in blocks] == [(3, 4, 3), (1, 12, 3), (1, 1, 2)]
+    assert [len(block.chunks) for block in blocks] == [1, 1, 1]
