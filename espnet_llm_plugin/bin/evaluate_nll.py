@@ -6,16 +6,17 @@ import logging
 from pathlib import Path
 from typing import Optional, Sequence
 
+from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.inference.options import add_model_options
 
 
 def get_parser() -> argparse.ArgumentParser:
-    from espnet2.utils.types import str2triple_str
-
+    str2triple_str = import_quietly("espnet2.utils.types").str2triple_str
     parser = argparse.ArgumentParser(
         prog="python -m espnet_llm_plugin.bin.evaluate_nll",
         description="Print -log P(text | speech) in nats per label, summed over all alignments, "
-        "and write OUTPUT_DIR/nll.json. A transducer is evaluated with its own predictor.",
+        "and write OUTPUT_DIR/nll.json.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--asr_train_config", required=True, help="config.yaml of the training")
@@ -38,6 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--ngpu", type=int, default=0, help="0: CPU, 1: GPU")
     parser.add_argument("--log_level", default="INFO")
+    add_model_options(parser)
     return parser
 
 
@@ -49,7 +51,14 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
     from espnet_llm_plugin.transducer.evaluate import corpus_nll, read_batches
 
     device = "cuda" if args.ngpu > 0 else "cpu"
-    loaded = load_asr(args.asr_train_config, args.asr_model_file, device=device)
+    loaded = load_asr(
+        args.asr_train_config,
+        args.asr_model_file,
+        device=device,
+        predictor=args.predictor,
+        predictor_conf=args.predictor_conf,
+        predictor_file=args.predictor_file,
+    )
     batches = read_batches(
         loaded.train_args,
         args.data_path_and_name_and_type,
@@ -65,5 +74,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -13,7 +13,7 @@
 #   stage 10  ASR statistics
 #   stage 11  train the recogniser
 #   stage 12  decode (with scales tuned on the valid set if --tune_config is given)
-#   stage 13  score
+#   stage 13  score; likelihood of the valid set
 #
 # A finished stage leaves a mark and is not redone; a killed one continues when it is run again.
 # Changed options make cheap stages run again, and are refused for trained models: give another tag.
@@ -464,8 +464,10 @@ if runs 11; then
     fi
 fi
 
-model_args="--asr_train_config ${asr_exp}/config.yaml --asr_model_file ${asr_exp}/${inference_asr_model}"
-[ -z "${swap_llm}" ] || model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
+asr_model_args="--asr_train_config ${asr_exp}/config.yaml
+    --asr_model_file ${asr_exp}/${inference_asr_model}"
+[ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
+model_args=${asr_model_args}
 [ -z "${inference_lm}" ] || model_args+=" --lm_train_config ${inference_lm}/config.yaml
     --lm_file ${inference_lm}/${inference_lm_model}"
 decode_dir=${asr_exp}/${inference_tag}
@@ -532,5 +534,14 @@ if runs 13; then
             --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} --token_type "${token_type}" \
             --output_dir "${decode_dir}/${name}"
     done
+    mark=$(decode_mark "${asr_valid_dir}/wav.scp" "${asr_valid_dir}/text")
+    if ! is_done "${decode_dir}/nll/.done" "${mark}"; then
+        # shellcheck disable=SC2086
+        run_jobs 1 "${decode_dir}/nll/evaluate_nll.JOB.log" \
+            tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" \
+            --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
+            --data_path_and_name_and_type "${asr_valid_dir}/text,text,text"
+        mark_done "${decode_dir}/nll/.done" "${mark}"
+    fi
 fi
 log "finished"

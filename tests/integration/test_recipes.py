@@ -1,0 +1,218 @@
+"""The recipes as users run them: through bash, on tiny synthetic speech."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+def environment():
+    """The test's Python first in PATH, so that `python3` is the one under test."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run(command, directory, **kwargs):
+    return subprocess.run(
+        [str(argument) for argument in command],
+        cwd=directory,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory, root):
+    """A copy of egs2/ and conf/ without anybody's data and experiments."""
+    target = tmp_path_factory.mktemp("recipes")
+    ignore = shutil.ignore_patterns("exp", "dump", "data")
+    shutil.copytree(root / "egs2", target / "egs2", symlinks=True, ignore=ignore)
+    shutil.copytree(root / "conf", target / "conf")
+    return target / "egs2"
+
+
+@pytest.fixture(scope="session")
+def mini(recipes):
+    """egs2/mini after a tiny run of all stages: (its directory, what the run printed)."""
+    directory = recipes / "mini" / "asr1"
+    result = run(["./run.sh", "--size", "tiny"], directory)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return directory, result.stdout
+
+
+SYSTEMS = (
+    "CTC",
+    "RNN-T",
+    "RNN-T + LLM shallow fusion",
+    "FT weak",
+    "FT weak, LLM swapped in",
+    "FT trained with the LLM",
+)
+
+
+def test_mini_ends_with_a_table_of_all_systems(mini):
+    directory, printed = mini
+    table = (directory / "exp/tiny/RESULTS.md").read_text()
+    for system in SYSTEMS:
+        assert f"| {system} |" in table
+        assert system in printed
+    assert (directory / "exp/tiny/wer.png").stat().st_size > 1000
+
+
+def keys_of(path):
+    return {line.split()[0] for line in path.read_text().splitlines()}
+
+
+def test_mini_decodes_every_utterance_in_espnets_form(mini):
+    directory, _ = mini
+    keys = keys_of(directory / "dump/tiny/raw/test/wav.scp")
+    for experiment in ("asr_ctc/decode", "asr_rnnt/decode_fusion", "asr_ft_weak/decode_swap"):
+        decoded = directory / "exp/tiny" / experiment / "test"
+        for name in ("text", "token", "token_int", "score"):
+            assert keys_of(decoded / name) == keys
+        for unit in ("wer", "cer", "ter"):
+            assert (decoded / f"score_{unit}" / "result.txt").is_file()
+
+
+def test_no_checkpoint_of_a_transducer_holds_the_llm(mini):
+    import torch
+
+    directory, _ = mini
+    exp = directory / "exp/tiny"
+    llm = exp / "lm_llama_adapted/llm/model.safetensors"
+    checkpoint = torch.load(exp / "asr_ft_llm/valid.loss.ave.pth", weights_only=True)
+    predictor = sum(v.numel() for k, v in checkpoint.items() if k.startswith("decoder.predictor"))
+    assert predictor < 100 < llm.stat().st_size / 4
+
+
+def test_a_second_run_does_nothing_twice(mini):
+    directory, first = mini
+    before = {p: p.stat().st_mtime_ns for p in (directory / "exp/tiny").rglob("*.pth")}
+    start = time.monotonic()
+    result = run(["./run.sh", "--size", "tiny"], directory)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stage 11" in result.stdout and "already done" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in (directory / "exp/tiny").rglob("*.pth")} == before
+    assert time.monotonic() - start < 240
+
+
+def asr_llm(mini, *arguments, **kwargs):
+    options = ["--expdir", "exp/tiny", "--dumpdir", "dump/tiny", "--nbpe", "200", "--nj", "1"]
+    return run(
+        ["../../TEMPLATE/asr1/asr_llm.sh", *options, "--skip_data_prep", "true", *arguments],
+        mini[0],
+        **kwargs,
+    )
+
+
+def test_trained_models_are_not_overwritten_by_other_options(mini):
+    arguments = ["--asr_tag", "ctc", "--asr_config", "conf/mini/train_ctc.yaml"]
+    result = asr_llm(mini, *arguments, "--asr_args", "--max_epoch 2", "--stop_stage", "11")
+    assert result.returncode == 2
+    assert "exp/tiny/asr_ctc was trained with other options" in result.stderr
+
+
+def test_a_killed_training_continues(mini):
+    """SIGKILL in the first epochs; the second call resumes at the last finished epoch."""
+    arguments = ["--asr_tag", "killed", "--asr_config", "conf/mini/train_ctc.yaml"]
+    arguments += ["--asr_args", "--max_epoch 3", "--stage", "11", "--stop_stage", "11"]
+    command = ["../../TEMPLATE/asr1/asr_llm.sh", "--expdir", "exp/tiny", "--dumpdir", "dump/tiny"]
+    process = subprocess.Popen(
+        [*command, "--nbpe", "200", "--skip_data_prep", "true", *arguments],
+        cwd=mini[0],
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    directory = mini[0] / "exp/tiny/asr_killed"
+    deadline = time.monotonic() + 200
+    while not (directory / "1epoch.pth").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (directory / ".done").exists()
+    result = asr_llm(mini, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (directory / ".done").exists()
+    log = (directory / "train.log").read_text()
+    assert "The training was resumed using" in log
+    assert log.count("1epoch results") == 1
+
+
+def test_missing_stages_are_named(mini):
+    result = asr_llm(
+        mini, "--asr_tag", "never", "--asr_config", "conf/mini/train_ctc.yaml", "--stage", "12"
+    )
+    assert result.returncode == 2
+    assert "exp/tiny/asr_never is not a finished training: run stage 11" in result.stderr
+
+
+def test_unmodified_espnet_decodes_what_the_recipe_trained(mini):
+    directory, _ = mini
+    result = run(
+        [
+            *[sys.executable, "-m", "espnet_llm_plugin", "-m", "espnet2.bin.asr_inference"],
+            *["--asr_train_config", "exp/tiny/asr_ft_llm/config.yaml"],
+            *["--asr_model_file", "exp/tiny/asr_ft_llm/valid.loss.ave.pth"],
+            *["--data_path_and_name_and_type", "dump/tiny/raw/dev/wav.scp,speech,sound"],
+            *["--output_dir", "exp/tiny/espnet_decode", "--beam_size", "1"],
+        ],
+        directory,
+    )
+    assert result.returncode == 0, result.stderr
+    decoded = directory / "exp/tiny/espnet_decode/1best_recog/text"
+    assert len(decoded.read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stagee", "3"], "unknown option --stagee"),
+        (["train"], "expected an option, got 'train'"),
+        (["--stage"], "option --stage needs a value"),
+        (["--token_type", "phone"], "expected bpe, char or word"),
+        (["--use_lm", "yes"], "expected true or false"),
+    ],
+)
+def test_wrong_options_are_refused(recipes, arguments, message):
+    result = run(["../../TEMPLATE/asr1/asr_llm.sh", *arguments], recipes / "custom" / "asr1")
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_help_lists_every_option_and_stage(recipes):
+    result = run(["../../TEMPLATE/asr1/asr_llm.sh", "--help"], recipes / "mini" / "asr1")
+    assert result.returncode == 0
+    for word in ("stage 11", "stage 13", "--asr_config", "--swap_llm", "--tune_config"):
+        assert word in result.stdout
+
+
+def test_custom_data(mini, recipes):
+    """Bring your own directories: here the tiny corpus, seen as somebody else's."""
+    source = mini[0] / "dump/tiny/raw"
+    directory = recipes / "custom" / "asr1"
+    result = run(
+        [
+            *["./run.sh", "--train_dir", source / "train", "--valid_dir", source / "dev"],
+            *["--test_dirs", source / "test", "--nj", "2", "--inference_nj", "2"],
+            *["--asr_args", "--max_epoch 1"],
+        ],
+        directory,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (directory / "exp/asr_ft/decode/test/score_wer/result.txt").is_file()
+
+
+def test_custom_data_names_what_is_missing(recipes):
+    result = run(["./run.sh", "--train_dir", "nowhere"], recipes / "custom" / "asr1")
+    assert result.returncode == 2
+    assert "--valid_dir is missing" in result.stderr
