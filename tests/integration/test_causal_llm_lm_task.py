@@ -1,0 +1,195 @@
+"""causal_llm through ESPnet's own lm_train and lm_calc_perplexity, then exported."""
+
+import math
+
+import pytest
+import torch
+import yaml
+
+from tests.llm.tiny import TEXT, train_sentencepiece
+
+pytestmark = pytest.mark.integration
+
+CONFIG = {
+    "lm": "causal_llm",
+    "max_epoch": 2,
+    "batch_type": "sorted",
+    "batch_size": 4,
+    "optim": "adamw",
+    "optim_conf": {"lr": 0.01},
+    "best_model_criterion": [["valid", "loss", "min"]],
+    "keep_nbest_models": 2,
+    "num_workers": 0,
+}
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """ESPnet with the plugin, a token list, text and shape files."""
+    from espnet_llm_plugin import registry
+
+    registry.register(("lm",))
+    root = tmp_path_factory.mktemp("work")
+    train_sentencepiece(root / "sp", TEXT, 40)
+    for name, lines in (("train", TEXT * 4), ("valid", TEXT[:3])):
+        ids = [f"{name}{i}" for i in range(len(lines))]
+        (root / name).write_text("".join(f"{i} {t}\n" for i, t in zip(ids, lines)))
+        (root / f"{name}_shape").write_text("".join(f"{i} 40,40\n" for i in ids))
+    return root
+
+
+def lm_train(work, tag, lm_conf, *extra):
+    from espnet2.tasks.lm import LMTask
+
+    config = work / f"{tag}.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "lm_conf": lm_conf}))
+    options = {
+        "config": config,
+        "output_dir": work / tag,
+        "token_type": "bpe",
+        "bpemodel": work / "sp.model",
+        "token_list": work / "sp.tokens.txt",
+    }
+    for name in ("train", "valid"):
+        options[f"{name}_data_path_and_name_and_type"] = f"{work / name},text,text"
+        options[f"{name}_shape_file"] = work / f"{name}_shape"
+    command = [part for k, v in options.items() for part in (f"--{k}", str(v))]
+    LMTask.main(cmd=[*command, *extra])
+    return work / tag
+
+
+def perplexity(work, config, checkpoint, output_dir):
+    from espnet2.bin.lm_calc_perplexity import main
+
+    main(
+        cmd=[
+            f"--data_path_and_name_and_type={work / 'valid'},text,text",
+            f"--train_config={config}",
+            f"--model_file={checkpoint}",
+            f"--output_dir={output_dir}",
+        ]
+    )
+    return float((output_dir / "ppl").read_text())
+
+
+@pytest.fixture(scope="module")
+def scratch(work):
+    return lm_train(work, "scratch", {"config": SMALL})
+
+
+@pytest.fixture(scope="module")
+def exported(work, scratch):
+    from espnet_llm_plugin.bin import export_llm
+
+    export_llm.main(
+        [
+            f"--lm_train_config={scratch / 'config.yaml'}",
+            f"--lm_file={scratch / 'valid.loss.ave.pth'}",
+            f"--output_dir={work / 'llm'}",
+        ]
+    )
+    return work / "llm"
+
+
+def test_training_learns_and_perplexity_is_that_of_the_export(work, scratch, exported):
+    """Trained, averaged over two epochs, exported, used frozen: one and the same model."""
+    vocab_size = len((work / "sp.tokens.txt").read_text(encoding="utf-8").split("\n")) - 1
+    averaged = scratch / "valid.loss.ave_2best.pth"
+    assert averaged.exists()
+    trained = perplexity(work, scratch / "config.yaml", averaged, work / "ppl1")
+    assert 1 < trained < 0.75 * vocab_size
+    frozen = perplexity(
+        work, exported / "espnet_lm.yaml", exported / "espnet_lm.pth", work / "ppl2"
+    )
+    assert frozen == pytest.approx(trained, rel=1e-6)
+
+
+def test_exported_logits_equal_the_checkpoints(scratch, exported):
+    from espnet2.tasks.lm import LMTask
+    from transformers import AutoModelForCausalLM
+
+    model, _ = LMTask.build_model_from_file(
+        scratch / "config.yaml", scratch / "valid.loss.ave.pth", "cpu"
+    )
+    ids = torch.tensor([[model.sos, 4, 5, 6]])
+    with torch.no_grad():
+        expected = model.lm(ids, None)[0][..., 1:]
+        found = AutoModelForCausalLM.from_pretrained(exported)(input_ids=ids).logits[..., 1:]
+    assert torch.equal(found, expected)
+
+
+def test_own_llm_is_adapted_and_fine_tuned(work, exported):
+    """The user's path in miniature: LLM -> other token list -> fine-tune -> frozen use."""
+    from espnet2.tasks.lm import LMTask
+
+    from espnet_llm_plugin.bin import adapt_vocabulary
+
+    model, tokens = train_sentencepiece(work / "other", TEXT, 32)
+    adapt_vocabulary.main(
+        [
+            f"--llm={exported}",
+            f"--token_list={tokens}",
+            f"--bpemodel={model}",
+            f"--output_dir={work / 'adapted'}",
+        ]
+    )
+    files = ["--token_list", str(tokens), "--bpemodel", str(model)]
+    tuned = lm_train(work, "tuned", {"llm": str(work / "adapted")}, *files)
+    before = perplexity(
+        work,
+        work / "adapted" / "espnet_lm.yaml",
+        work / "adapted" / "espnet_lm.pth",
+        work / "ppl3",
+    )
+    after = perplexity(work, tuned / "config.yaml", tuned / "valid.loss.ave.pth", work / "ppl4")
+    assert after < before and math.isfinite(before)
+    start, _ = LMTask.build_model_from_file(tuned / "config.yaml", None, "cpu")
+    end, _ = LMTask.build_model_from_file(
+        tuned / "config.yaml", tuned / "valid.loss.ave.pth", "cpu"
+    )
+    changed = [
+        name for (name, a), b in zip(start.named_parameters(), end.parameters()) if (a != b).any()
+    ]
+    assert len(changed) == len(list(end.parameters()))
+
+
+def test_training_resumes(work, scratch):
+    """ESPnet resumes with strict=True from checkpoint.pth."""
+    again = lm_train(work, "scratch", {"config": SMALL}, "--resume", "true", "--max_epoch", "3")
+    assert (again / "3epoch.pth").exists()
+    saved = torch.load(again / "3epoch.pth")
+    assert all(name.startswith("lm.llm.") for name in saved)
+
+
+def test_statistics_can_be_collected_without_the_llm(work, monkeypatch):
+    """With ESPnet's extract_feats_in_collect_stats=false no model is built at all."""
+    from espnet_llm_plugin.llm import causal_llm
+
+    def never(*args, **kwargs):
+        raise AssertionError("built the model")
+
+    monkeypatch.setattr(causal_llm, "build_from_config", never)
+    extra = ["--collect_stats", "true", "--model_conf", "extract_feats_in_collect_stats=false"]
+    stats = lm_train(work, "stats", {"config": SMALL}, *extra)
+    lines = (stats / "train" / "text_shape").read_text().splitlines()
+    assert len(lines) == len(TEXT) * 4
+
+
+def test_frozen_llm_decodes_in_espnets_speech2text(work, exported):
+    """--lm_train_config espnet_lm.yaml --lm_file espnet_lm.pth, as asr_inference builds an LM."""
+    from espnet2.tasks.lm import LMTask
+
+    model, conf = LMTask.build_model_from_file(
+        exported / "espnet_lm.yaml", exported / "espnet_lm.pth", "cpu"
+    )
+    row, state = model.lm.score(torch.tensor([model.sos]), None, None)
+    assert row.shape == (len(conf.token_list),) and state.length == 1
