@@ -10,6 +10,7 @@ as soon as no prefix that a caller still holds reaches it.
 """
 
 import logging
+from functools import lru_cache
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
@@ -113,37 +114,38 @@ class PrefixState:
             self._pool.release(slot)
 
 
-def _pooled_cache(pool: _Pool, past: torch.Tensor, new: torch.Tensor, num_layers: int) -> Any:
-    """A transformers ``Cache`` that reads the slots ``past`` (N, P) and writes ``new`` (N,)."""
-    from transformers.cache_utils import Cache, CacheLayerMixin
+@lru_cache(maxsize=1)
+def _layer_class() -> type:
+    from transformers.cache_utils import CacheLayerMixin
 
     class PooledLayer(CacheLayerMixin):
-        # The abstract interface of a cache layer; gathering happens in update(), so that no more
-        # than one layer of padded keys and values exists at a time.
+        """One layer's view of the pool, through the abstract interface of a cache layer.
+
+        Gathering happens in ``update``, so that no more than one layer of padded keys and values
+        exists at a time.
+        """
+
         is_sliding = False
 
-        def __init__(self, layer: int):
+        def __init__(self, pool: _Pool, layer: int, slots: torch.Tensor):
             super().__init__()
-            self.layer = layer
-            self.seen = past.shape[1]
+            self.pool, self.layer, self.slots = pool, layer, slots
+            self.seen = slots.shape[1] - 1
 
         def lazy_initialization(self, key_states, value_states) -> None:
             self.is_initialized = True
 
         def update(self, key_states, value_states, *args, **kwargs):
             self.is_initialized = True
-            if key_states.shape[-2] != 1 or self.seen != past.shape[1]:
+            if key_states.shape[-2] != 1 or self.seen != self.slots.shape[1] - 1:
                 raise RuntimeError("expected one update with one token per layer and step")
             self.seen += 1
-            pool.put(self.layer, new, key_states[:, :, 0], value_states[:, :, 0])
-            if past.shape[1] == 0:
-                return key_states, value_states
-            keys = pool.keys[self.layer][past].transpose(1, 2)  # (N, H, P, D)
-            values = pool.values[self.layer][past].transpose(1, 2)
-            return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+            self.pool.put(self.layer, self.slots[:, -1], key_states[:, :, 0], value_states[:, :, 0])
+            keys, values = self.pool.keys[self.layer], self.pool.values[self.layer]
+            return keys[self.slots].transpose(1, 2), values[self.slots].transpose(1, 2)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return past.shape[1] + query_length, 0
+            return self.slots.shape[1] - 1 + query_length, 0
 
         def get_seq_length(self) -> int:
             return self.seen
@@ -151,7 +153,14 @@ def _pooled_cache(pool: _Pool, past: torch.Tensor, new: torch.Tensor, num_layers
         def get_max_length(self) -> int:
             return -1
 
-    return Cache(layers=[PooledLayer(layer) for layer in range(num_layers)])
+    return PooledLayer
+
+
+def _pooled_cache(pool: _Pool, slots: torch.Tensor, num_layers: int) -> Any:
+    """A transformers ``Cache`` that reads ``slots`` (N, P+1) and first writes the last column."""
+    from transformers.cache_utils import Cache
+
+    return Cache(layers=[_layer_class()(pool, layer, slots) for layer in range(num_layers)])
 
 
 class PrefixLM:
@@ -234,26 +243,24 @@ class PrefixLM:
         self, tokens: list[int], states: Sequence[Optional[PrefixState]]
     ) -> tuple[torch.Tensor, list[PrefixState]]:
         device = self.model.device
-        # 1. Past slots, padded at the LEFT: the new token is the last column of every row, so the
-        #    causal and the sliding-window mask are those of unpadded rows.
+        # 1. Slots of the past and of the new token, padded at the LEFT: the new token is the last
+        #    column of every row, so that the causal and the sliding-window mask are those of
+        #    unpadded rows.
         paths = [[] if state is None else state.slots() for state in states]
         longest = max(map(len, paths))
-        past = torch.tensor(
-            [[0] * (longest - len(path)) + path for path in paths], dtype=torch.long, device=device
-        ).reshape(len(paths), longest)
         lengths = torch.tensor([len(path) for path in paths], device=device)
-        columns = torch.arange(longest + 1, device=device)
-        mask = columns[None, :] >= (longest - lengths)[:, None]  # (N, P+1)
+        mask = torch.arange(longest + 1, device=device)[None, :] >= (longest - lengths)[:, None]
 
-        # 2. One forward over the new tokens; the cache reads the past and writes the new slots.
+        # 2. One forward over the new tokens; the cache writes their slots and reads all.
         slots = self._pool.take(len(tokens))
         try:
-            new = torch.tensor(slots, device=device)
+            rows = [[0] * (longest - len(p)) + p + [slot] for p, slot in zip(paths, slots)]
+            table = torch.tensor(rows, device=device)  # (N, P+1)
             output = self.model(
                 input_ids=torch.tensor(tokens, device=device)[:, None],
                 attention_mask=mask.long(),
                 position_ids=lengths[:, None],
-                past_key_values=_pooled_cache(self._pool, past, new, self.config.num_hidden_layers),
+                past_key_values=_pooled_cache(self._pool, table, self.config.num_hidden_layers),
                 use_cache=True,
             )
         except BaseException:

@@ -18,6 +18,7 @@ Three rows are not text:
 * ``<unk>`` (1): the row of the LLM's unknown token if it has one, else the mean of all rows.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, Optional, Sequence
@@ -58,7 +59,10 @@ class SubwordVocabulary:
         self.tokenizer = tokenizer
         self._model = backend.model
         self._normalizer = backend.normalizer
-        steps = f"{backend.normalizer}{backend.pre_tokenizer}{backend.decoder}"
+        # as JSON, because the repr() of these objects may be abridged
+        whole = json.loads(backend.to_str())
+        parts = [whole[key] for key in ("normalizer", "pre_tokenizer", "decoder")]
+        steps = json.dumps(parts, ensure_ascii=False)
         if "ByteLevel" in steps:
             from transformers.convert_slow_tokenizer import bytes_to_unicode
 
