@@ -78,7 +78,8 @@ def adapt_llm(
     }
     bos, _, _ = special_rows(tokenizer, model.config)
     if sentences is not None:
-        native = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in sentences]
+        with quiet_transformers():  # it warns of sentences longer than the model
+            native = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in sentences]
         adapted = [encode(s) for s in sentences]
         kept = _within_positions(model.config, native, adapted)
         words = sum(len(sentences[i].split()) for i in kept)
