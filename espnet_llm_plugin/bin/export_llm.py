@@ -29,5 +29,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

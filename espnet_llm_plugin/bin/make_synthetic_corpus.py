@@ -50,5 +50,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -59,5 +59,10 @@ def main(cmd=None):
     print(f"{args.output_dir}/tokens.txt: {len(tokens)} tokens")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

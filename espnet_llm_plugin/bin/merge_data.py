@@ -21,5 +21,10 @@ def main(cmd=None):
         print(f"{args.output_dir}/{name}: {count} lines")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -30,5 +30,10 @@ def main(cmd=None):
         sys.stdout.buffer.write(audio.encode(samples, recording.rate, "wav"))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -23,5 +23,10 @@ def main(cmd=None):
     print(f"{args.target_dir}: {count} utterances at speeds {' '.join(args.factors)}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

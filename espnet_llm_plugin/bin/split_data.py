@@ -21,5 +21,10 @@ def main(cmd=None):
     print(split_keys(args.key_file, args.nj, args.output_dir, args.name))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

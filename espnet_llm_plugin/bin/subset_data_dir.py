@@ -49,5 +49,10 @@ def main(cmd=None):
     print(f"{args.target_dir}: {len(part.utterances)} utterances")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the console script."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -291,7 +291,8 @@ if runs 6; then
             [ "${bpemodel}" = none ] || adapt_args="--bpemodel ${bpemodel}"
             # shellcheck disable=SC2086
             tool adapt_vocabulary --llm "${llm}" --token_list "${token_list}" ${adapt_args} \
-                --oov_init "${oov_init}" --text "${lm_dev_text}" --output_dir "${lm_exp}/adapted"
+                --oov_init "${oov_init}" --text "${lm_dev_text}" --text_has_ids true \
+                --output_dir "${lm_exp}/adapted"
             mark_done "${lm_exp}/.adapted" "${mark}"
         fi
     fi
@@ -319,7 +320,8 @@ if runs 6; then
                 --train_shape_file "${lm_stats_dir}/logdir/train.JOB.scp" \
                 --valid_shape_file "${lm_stats_dir}/logdir/dev.JOB.scp" \
                 --output_dir "${lm_stats_dir}/logdir/stats.JOB" --config "${lm_config}" ${lm_args} \
-                --batch_type unsorted --batch_size 512 --ngpu 0
+                --batch_type unsorted --batch_size 512 --ngpu 0 \
+                --model_conf extract_feats_in_collect_stats=false
             input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${jobs}")
             # shellcheck disable=SC2086
             plugin -m espnet2.bin.aggregate_stats_dirs --skip_sum_stats ${input_dirs} \

@@ -27,7 +27,7 @@ trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 recipe() {
     ../../TEMPLATE/asr1/asr_llm.sh --stage "${stage}" --stop_stage "${stop_stage}" --nj 2 \
-        --inference_nj 1 --nbpe 200 --expdir "${exp}" --dumpdir "dump/${size}" "$@"
+        --inference_nj 1 --nbpe 300 --expdir "${exp}" --dumpdir "dump/${size}" "$@"
 }
 lm() {
     recipe --skip_data_prep true --use_lm true --lm_train_text data/lm_train/text \
@@ -38,7 +38,7 @@ asr() { # name, options
         --asr_args "${short}" "${@:2}"
 }
 train() { asr "$@" --skip_eval true; }
-decode() { asr "$1" --skip_train true --inference_tag "$2" --tune_config "conf/mini/tune_$3.yaml" "${@:4}"; }
+decode() { asr "$1" --skip_train true --inference_tag "$2" --tune_config conf/mini/tune.yaml "${@:3}"; }
 
 # Speech and a larger text-only set; pieces of the recognisers, and of the LLM.
 llm_tokens=(--token_listdir data/token_list_llm --nbpe 400 --bpe_train_text data/lm_train/text)
@@ -64,13 +64,13 @@ train rnnt --ctc_init "${exp}/asr_ctc"
 wait $!
 
 (
-    decode ctc decode acoustic
-    decode rnnt decode acoustic
-    decode rnnt decode_fusion fusion --inference_lm "${llm}"
+    decode ctc decode
+    decode rnnt decode
+    decode rnnt decode_fusion --inference_lm "${llm}"
 ) &
-decode ft_weak decode factorized
-decode ft_weak decode_swap factorized --swap_llm "${llm}/llm"
-decode ft_llm decode factorized
+decode ft_weak decode
+decode ft_weak decode_swap --swap_llm "${llm}/llm"
+decode ft_llm decode
 wait $!
 
 if [ "${stop_stage}" -ge 13 ]; then
