@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import types
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Iterator
@@ -51,9 +52,12 @@ def quiet_imports() -> Iterator[None]:
     caught = {name: io.StringIO() for name in ("stdout", "stderr")}
     try:
         with (
+            warnings.catch_warnings(),
             contextlib.redirect_stdout(caught["stdout"]),
             contextlib.redirect_stderr(caught["stderr"]),
         ):
+            # ESPnet uses deprecated names of torch; nothing a user can do about it.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"espnet")
             yield
     finally:
         for name, text in caught.items():

@@ -84,7 +84,9 @@ def test_aggregate_stats_dirs_fails_as_espnet_does(tmp_path):
 def test_help_of_espnet_tools_shows_our_names_and_no_noise(module):
     result = run("-m", f"espnet2.bin.{module}", "--help")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    # ESPnet itself prints the command line there.
+    assert len(result.stderr.splitlines()) <= 1
+    assert "--help" in result.stderr or result.stderr == ""
     assert "nltk" not in result.stdout
     assert "Flash Attention" not in result.stdout
     if module == "asr_train":

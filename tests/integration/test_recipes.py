@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,23 @@ def test_unmodified_espnet_decodes_what_the_recipe_trained(mini):
     assert result.returncode == 0, result.stderr
     decoded = directory / "exp/tiny/espnet_decode/1best_recog/text"
     assert len(decoded.read_text().splitlines()) == 20
+
+
+def test_espnet_packs_what_the_recipe_trained(mini):
+    directory, _ = mini
+    result = run(
+        [
+            *[sys.executable, "-m", "espnet_llm_plugin", "-m", "espnet2.bin.pack", "asr"],
+            *["--asr_train_config", "exp/tiny/asr_ft_weak/config.yaml"],
+            *["--asr_model_file", "exp/tiny/asr_ft_weak/valid.loss.ave.pth"],
+            *["--outpath", "exp/tiny/packed.zip"],
+        ],
+        directory,
+    )
+    assert result.returncode == 0, result.stderr
+    names = zipfile.ZipFile(directory / "exp/tiny/packed.zip").namelist()
+    assert "meta.yaml" in names
+    assert any(name.endswith("config.yaml") for name in names)
 
 
 @pytest.mark.parametrize(
