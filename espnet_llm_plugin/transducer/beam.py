@@ -92,8 +92,8 @@ class Beam:
         return cls(index, score, score.copy(), np.zeros_like(index))
 
     def plus(self, added: np.ndarray) -> "Beam":
-        """The same prefixes with (G, N) added to their scores; ``node`` is the same array."""
-        return Beam(self.node, self.score + added, self.viterbi + added, self.path.copy())
+        """The same prefixes with (G, N) added to their scores; shares no array with this beam."""
+        return Beam(self.node.copy(), self.score + added, self.viterbi + added, self.path.copy())
 
     def drop(self, places: np.ndarray) -> None:
         """Empty the places (G, N) that are True."""

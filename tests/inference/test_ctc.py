@@ -122,6 +122,17 @@ def test_chunks_equal_the_whole(case, beam):
     assert [(h.labels, h.frames) for h in chunked] == [(h.labels, h.frames) for h in whole]
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_step_leaves_the_state_before_it_as_it_was(case, beam):
+    ctc, encoder_out, _ = case
+    search = CTCSearch(ctc, beam_size=beam)
+    before = search.step(search.start([PLAIN]), encoder_out[:2])
+    first = before.nbest(beam)
+    after = search.step(before, encoder_out[2:]).nbest(beam)
+    assert before.nbest(beam) == first
+    assert search.step(before, encoder_out[2:]).nbest(beam) == after
+
+
 def test_settings_side_by_side_equal_each_alone(case):
     ctc, encoder_out, lm = case
     settings = [PLAIN, FUSED, Scales(lm_weight=0.2), Scales(label_bonus=-1.0)]
