@@ -57,6 +57,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> Optional[int]:
 def run_module(name: str, arguments: list[str]) -> Optional[int]:
     """Import module ``name`` and call its ``main()`` with ``sys.argv`` set to ``arguments``."""
     compat.check_espnet_version()
+    # Inherited if a script run by us started this: our children must not repeat that script.
+    os.environ.pop(SCRIPT_VARIABLE, None)
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:

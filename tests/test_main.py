@@ -1,15 +1,24 @@
 """The runner: real command lines in real processes."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from espnet_llm_plugin.spawn_name import SCRIPT_VARIABLE
+
 RUNNER = [sys.executable, "-m", "espnet_llm_plugin"]
 
 
-def run(*arguments, cwd=None):
-    return subprocess.run([*RUNNER, *arguments], capture_output=True, text=True, cwd=cwd)
+def run(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [*RUNNER, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
 
 
 def test_list_names_every_entry_with_a_description():
@@ -147,6 +156,10 @@ def main():
 def test_spawned_child_of_a_module_sees_the_registrations(tmp_path):
     """As ESPnet's multi-GPU training does: the target lives in an importable module."""
     (tmp_path / "spawning_module.py").write_text(MODULE)
-    result = run("-m", "spawning_module", cwd=tmp_path)
+    # As if started by a script that the runner runs: the child is not to repeat that script.
+    (tmp_path / "outer.py").write_text("open('repeated', 'w')")
+    outer = {SCRIPT_VARIABLE: str(tmp_path / "outer.py")}
+    result = run("-m", "spawning_module", cwd=tmp_path, **outer)
     assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "repeated").exists()
     assert "['factorized_transducer', 'transducer']" in result.stdout
