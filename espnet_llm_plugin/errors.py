@@ -8,6 +8,15 @@ class UserError(ValueError):
     """Bad input: the message says what was given, what was expected and what to do."""
 
 
+class UtteranceError(UserError):
+    """One utterance cannot be processed; nothing is wrong with the others."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message; its type's name if there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run_cli(main: Callable[[Optional[Sequence[str]]], Optional[int]]) -> NoReturn:
     """Run a command line's ``main`` and exit; a :class:`UserError` becomes one line on stderr.
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.inference.loading import load_asr, load_lm
 from espnet_llm_plugin.inference.options import (
     add_model_options,
@@ -27,7 +27,6 @@ from espnet_llm_plugin.inference.options import (
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
 from espnet_llm_plugin.inference.utterances import Utterances
 from espnet_llm_plugin.inference.writer import ResultWriter
-from espnet_llm_plugin.transducer.beam import SearchError
 
 
 def decode_with_espnet(args: argparse.Namespace) -> None:
@@ -132,10 +131,10 @@ def decode_all(
         if not reason:
             try:
                 nbest = timed(recognizer, speech, timing)
-            except (SearchError, RuntimeError, TooShortUttError) as error:
+            except (UtteranceError, RuntimeError, TooShortUttError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
         if reason:
             logging.warning(f"{utt} {reason}: its hypothesis is empty")
         else:

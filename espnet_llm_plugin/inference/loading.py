@@ -173,12 +173,14 @@ def require_file(path: Optional[PathLike], option: str, what: str) -> Path:
     return Path(path)
 
 
-def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device: str):
-    config = require_file(config, f"--{kind}_train_config", "config.yaml of the training")
-    model_option = "--asr_model_file" if kind == "asr" else "--lm_file"
-    model_file = require_file(model_file, model_option, "the checkpoint, a .pth file")
+def read_train_config(config: PathLike) -> dict[str, Any]:
+    """The options of a training, from the ``config.yaml`` that ESPnet wrote.
+
+    Raises:
+        UserError: It is something else.
+    """
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not a YAML file: {error}") from error
     if not isinstance(content, dict) or "token_list" not in content:
@@ -186,6 +188,14 @@ def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device:
             f"{config} is not the configuration of a training: expected the config.yaml that "
             "ESPnet writes into the experiment directory"
         )
+    return content
+
+
+def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device: str):
+    config = require_file(config, f"--{kind}_train_config", "config.yaml of the training")
+    model_option = "--asr_model_file" if kind == "asr" else "--lm_file"
+    model_file = require_file(model_file, model_option, "the checkpoint, a .pth file")
+    read_train_config(config)
     try:
         return task.build_model_from_file(str(config), str(model_file), device)
     except (MemoryError, torch.cuda.OutOfMemoryError):

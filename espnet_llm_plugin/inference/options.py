@@ -8,6 +8,7 @@ import yaml
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.loading import read_train_config
 
 _ESPNET = "espnet2.bin.asr_inference"
 
@@ -15,6 +16,7 @@ _ESPNET = "espnet2.bin.asr_inference"
 _UNSUPPORTED = {
     "maxlenratio": "a time-synchronous search has no output length limit",
     "minlenratio": "a time-synchronous search has no output length limit",
+    "time_sync": "the search is time-synchronous as it is",
     "ngram_file": "n-gram LMs are not supported",
     "ngram_weight": "n-gram LMs are not supported",
     "word_lm_train_config": "word LMs are not supported",
@@ -198,14 +200,37 @@ def bonus_of(args: argparse.Namespace) -> Optional[float]:
 
 
 def identity(args: argparse.Namespace, files: Sequence[Optional[str]]) -> dict[str, Any]:
-    """What a result depends on: options, and size and time of the model files."""
+    """What a result depends on: options, size and time of the model files, and frozen LLMs.
+
+    A missing file is left out: loading the model reports it.
+    """
+    from espnet_llm_plugin.llm.backbone import FrozenLLM
+
     options = {
         name: value
         for name, value in sorted(vars(args).items())
         if name not in ("output_dir", "log_level", "num_workers", "nj", "config")
     }
-    stats = {str(path): Path(path).stat() for path in files if path}
+    stats = {str(path): Path(path).stat() for path in files if path and Path(path).is_file()}
     return {
         "options": options,
         "files": {path: [stat.st_size, stat.st_mtime] for path, stat in stats.items()},
+        "llms": {llm: FrozenLLM(llm).fingerprint.hex() for llm in llms_of(args)},
     }
+
+
+def llms_of(args: argparse.Namespace) -> list[str]:
+    """LLMs that the models read from directories of their own: the predictor's, the LM's."""
+
+    def part(path: Optional[str], *keys: str) -> Any:
+        found = read_train_config(path) if path and Path(path).is_file() else {}
+        for key in keys:
+            found = found.get(key) or {}
+        return found
+
+    if args.predictor is None:
+        predictor = part(args.asr_train_config, "decoder_conf", "predictor_conf")
+    else:
+        predictor = args.predictor_conf
+    lm = part(args.lm_train_config, "lm_conf")
+    return [conf["llm"] for conf in (predictor, lm) if conf.get("llm")]

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.data.atomic import atomic_write
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.data.kaldi import read_clean_table
+from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.fusion.tuning import (
     Point,
     best_point,
@@ -38,7 +39,7 @@ from espnet_llm_plugin.inference.recognizer import (
     is_factorized,
 )
 from espnet_llm_plugin.inference.utterances import Utterances, read_keys
-from espnet_llm_plugin.transducer.beam import Scales, SearchError
+from espnet_llm_plugin.transducer.beam import Scales
 
 
 def tune(args: argparse.Namespace) -> Point:
@@ -54,7 +55,8 @@ def tune(args: argparse.Namespace) -> Point:
     device_of(args)
     if len(args.data_path_and_name_and_type) != 1:
         raise UserError("give --data_path_and_name_and_type once, for `speech`")
-    references = read_text(args.text)
+    require_file(args.text, "--text", "the transcripts, `utterance-id words ...` a line")
+    references = read_clean_table(args.text, may_be_empty=True)
     keys = read_keys(args.key_file or args.data_path_and_name_and_type[0][0])
     without = [key for key in keys if key not in references]
     if without:
@@ -138,10 +140,10 @@ def run_part(
             try:
                 hyps = search_grid(search, encode(asr.model, speech), grid, args.normalize_length)
                 texts[utt] = [text_of(asr, hyp.labels) for hyp in hyps]
-            except (SearchError, RuntimeError, TooShortUttError) as error:
+            except (UtteranceError, RuntimeError, TooShortUttError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
         if reason:
             failed[utt] = reason
     return grid, texts, failed
@@ -244,10 +246,3 @@ def finished(output_dir: Path, same: dict[str, Any]) -> Optional[Point]:
     best = content["best"]
     scales = {name: best.pop(name) for name in vars(Scales()) if name in best}
     return Point(Scales(**scales), **best)
-
-
-def read_text(path: str) -> dict[str, str]:
-    """Transcripts of a Kaldi ``text`` file."""
-    require_file(path, "--text", "the transcripts, `utterance-id words ...` a line")
-    pairs = (line.split(maxsplit=1) for line in Path(path).read_text("utf-8").splitlines() if line)
-    return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}

@@ -6,6 +6,7 @@ from typing import Any, Iterator, Optional, Sequence, Union
 import numpy as np
 import torch
 
+from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError
 
 
@@ -97,15 +98,12 @@ def read_keys(path: Union[str, Path]) -> list[str]:
     """First column of a file.
 
     Raises:
-        UserError: No such file, no line, or an id twice.
+        UserError: No such file, no line, an id twice, or a blank line.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path} with utterance ids")
-    keys = [line.split(maxsplit=1)[0] for line in path.read_text("utf-8").splitlines() if line]
+    keys = list(read_clean_table(path, may_be_empty=True))
     if not keys:
         raise UserError(f"{path} has no utterance")
-    if len(set(keys)) != len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise UserError(f"utterance {twice} occurs twice in {path}")
     return keys

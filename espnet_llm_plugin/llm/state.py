@@ -15,7 +15,7 @@ from typing import Any, Iterator, Optional, Sequence
 
 import torch
 
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.errors import UserError, UtteranceError
 
 # Attention whose past is fully described by keys and values of single tokens. Sliding windows are
 # among them: the pool keeps all tokens and the mask hides those out of the window.
@@ -231,7 +231,7 @@ class PrefixLM:
             )
         longest = 1 + max(0 if state is None else state.length for state in states)
         if self._max_positions is not None and longest > self._max_positions:
-            raise UserError(
+            raise UtteranceError(
                 f"a prefix of {longest} tokens exceeds the {self._max_positions} positions that "
                 f"{type(self.model).__name__} learned; split the recording or use another LLM."
             )

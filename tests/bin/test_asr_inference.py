@@ -1,5 +1,6 @@
 """The decoding command line: ESPnet's layout and options, failures, resuming."""
 
+import argparse
 import json
 
 import numpy as np
@@ -11,8 +12,17 @@ import yaml
 from espnet_llm_plugin.bin import asr_inference, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference import decode as decode_module
-from espnet_llm_plugin.inference.options import espnet_parser
-from tests.inference.tiny_asr import KINDS, RATE, make_asr, make_audio, make_lm, read_scp
+from espnet_llm_plugin.inference.options import espnet_parser, identity
+from tests.inference.tiny_asr import (
+    KINDS,
+    RATE,
+    TOKENS,
+    make_asr,
+    make_audio,
+    make_lm,
+    read_scp,
+)
+from tests.llm.tiny import save_adapted_dir
 
 SECONDS = {"utt-b": 0.9, "utt-a": 0.5, "utt-c": 1.3}
 
@@ -204,6 +214,27 @@ def test_nothing_decoded_is_an_error(run, bad_wav):
         run("factorized", wav=bad_wav)
 
 
+def test_an_utterance_too_long_for_the_llm_is_a_failed_one(run, files, tmp_path):
+    """An LLM with learned positions has a longest prefix."""
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS, "gpt2", n_positions=8)
+    wav = make_audio(tmp_path / "wav", {"long": 3.0, "short": 0.1})
+    swap = ["--predictor", "llm", "--predictor_conf", f"llm={llm}", "--beam_size", "2"]
+    out = run("factorized", *swap, "--label_bonus", "1", wav=wav)
+    text = read_scp(out / "1best_recog" / "text")
+    assert not text["long"] and text["short"]
+    failed = json.loads((out / "rtf.json").read_text())["failed"]
+    assert list(failed) == ["long"] and "exceeds the 8 positions" in failed["long"]
+
+
+def test_an_error_without_a_message_is_reported_by_its_type(run, monkeypatch):
+    def timed(recognizer, speech, timing):
+        raise RuntimeError
+
+    monkeypatch.setattr(decode_module, "timed", timed)
+    with pytest.raises(UserError, match="utt-b RuntimeError"):
+        run("factorized")
+
+
 class Killed(BaseException):
     pass
 
@@ -251,6 +282,57 @@ def test_a_killed_run_with_other_options_starts_again(run, tmp_path, monkeypatch
     assert len(calls) == 3 + 3
 
 
+def retrain(llm, tmp_path):
+    """Another LLM under the same path."""
+    other = save_adapted_dir(tmp_path / "other", TOKENS, seed=1)
+    (other / "model.safetensors").rename(llm / "model.safetensors")
+
+
+def test_a_killed_run_with_a_retrained_llm_starts_again(run, tmp_path, monkeypatch):
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS)
+    swap = ["--predictor", "llm", "--predictor_conf", f"llm={llm}", "--beam_size", "2"]
+    calls = []
+    original = decode_module.timed
+
+    def timed(recognizer, speech, timing):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return original(recognizer, speech, timing)
+
+    monkeypatch.setattr(decode_module, "timed", timed)
+    with pytest.raises(Killed):
+        run("factorized", *swap)
+    retrain(llm, tmp_path)
+    run("factorized", *swap)
+    assert len(calls) == 3 + 3
+
+
+@pytest.mark.parametrize(
+    "option, conf",
+    [
+        (
+            "asr_train_config",
+            {"decoder_conf": {"predictor": "llm", "predictor_conf": {"llm": "?"}}},
+        ),
+        ("lm_train_config", {"lm": "causal_llm", "lm_conf": {"llm": "?", "frozen": True}}),
+    ],
+)
+def test_results_depend_on_the_llms_of_trained_models(tmp_path, option, conf):
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS)
+    config = tmp_path / "config.yaml"
+    text = yaml.safe_dump({**conf, "token_list": TOKENS})
+    config.write_text(text.replace("'?'", str(llm)))
+    args = argparse.Namespace(
+        asr_train_config=None, lm_train_config=None, predictor=None, predictor_conf={}
+    )
+    setattr(args, option, str(config))
+    before = identity(args, [])
+    assert identity(args, []) == before
+    retrain(llm, tmp_path)
+    assert identity(args, []) != before
+
+
 def test_results_of_an_earlier_run_do_not_stay(run):
     run("ctc", "--beam_size", "4", "--nbest", "4")
     out = run("ctc", "--beam_size", "4", "--nbest", "1")
@@ -258,6 +340,7 @@ def test_results_of_an_earlier_run_do_not_stay(run):
 
 
 REFUSED = {
+    "time_sync": "true",
     "maxlenratio": "0.5",
     "minlenratio": "0.1",
     "ngram_file": "x.arpa",
@@ -296,7 +379,7 @@ def test_every_option_of_espnet_is_honoured_or_refused():
         *("help", "config", "log_level", "output_dir", "seed", "num_workers", "key_file"),
         *("data_path_and_name_and_type", "asr_train_config", "asr_model_file", "lm_train_config"),
         *("nbest", "beam_size", "penalty", "lm_weight", "token_type", "bpemodel"),
-        *("normalize_length", "time_sync"),
+        "normalize_length",
     }
     assert {action.dest for action in espnet_parser()._actions} == honoured | set(REFUSED)
 
@@ -361,7 +444,10 @@ def test_bad_files_are_named(run, files, tmp_path):
     with pytest.raises(UserError, match="utterance utt-x of .*keys is not in"):
         run("ctc", "--key_file", str(keys))
     keys.write_text("utt-a\nutt-a\n")
-    with pytest.raises(UserError, match="utt-a occurs twice"):
+    with pytest.raises(UserError, match="keys: 1 problem.*\n.*duplicate id .*utt-a"):
+        run("ctc", "--key_file", str(keys))
+    keys.write_text("utt-a\n\nutt-b\n")
+    with pytest.raises(UserError, match="keys:2 has 0, expected 1 or more"):
         run("ctc", "--key_file", str(keys))
     with pytest.raises(UserError, match="bpemodel"):
         run("ctc", "--token_type", "bpe")

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from espnet_llm_plugin.bin import asr_inference, tune_scales
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.errors import UserError, UtteranceError
 from espnet_llm_plugin.inference import tune as tune_module
-from tests.inference.tiny_asr import make_asr, make_audio, make_lm, read_scp
+from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_lm, read_scp
+from tests.llm.tiny import save_adapted_dir
 
 SECONDS = {"utt-a": 0.5, "utt-b": 0.7, "utt-c": 0.4, "utt-d": 0.02}  # the last is too short
 TEXT = {"utt-a": "ab c", "utt-b": "d a b d", "utt-c": "c", "utt-d": "a"}
@@ -158,6 +159,50 @@ def test_the_same_grid_is_not_searched_again(run, monkeypatch):
         run("factorized", *GRID, "--beam_size", "3")
 
 
+def test_a_retrained_llm_is_tuned_again(run, tmp_path, monkeypatch):
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS)
+    options = ["--predictor", "llm", "--predictor_conf", f"llm={llm}", "--beam_size", "2"]
+    run("factorized", *options)
+    other = save_adapted_dir(tmp_path / "other", TOKENS, seed=1)
+    monkeypatch.setattr(tune_module, "run_part", None)
+    run("factorized", *options)
+    (other / "model.safetensors").rename(llm / "model.safetensors")
+    with pytest.raises(TypeError):
+        run("factorized", *options)
+
+
+def test_failed_utterances_are_named_and_the_others_tuned_on(run, monkeypatch):
+    errors = [RuntimeError(), UtteranceError("is too long\nfor this LLM")]
+    original = tune_module.search_grid
+
+    def search_grid(*args):
+        if errors:
+            raise errors.pop(0)
+        return original(*args)
+
+    monkeypatch.setattr(tune_module, "search_grid", search_grid)
+    failed = scales_of(run("factorized"))["failed"]
+    assert list(failed) == ["utt-a", "utt-b", "utt-d"]
+    assert failed["utt-a"] == "RuntimeError" and failed["utt-b"] == "is too long"
+
+
+def test_lines_of_references_end_at_line_feeds_only(run, tmp_path, monkeypatch):
+    """U+0085 and U+2028 are characters of a transcript."""
+    scored = []
+    original = tune_module.score_grid
+
+    def score_grid(grid, references, hypotheses):
+        scored.extend(references)
+        return original(grid, references, hypotheses)
+
+    monkeypatch.setattr(tune_module, "score_grid", score_grid)
+    text = tmp_path / "text"
+    made = {**TEXT, "utt-a": "a\u0085utt-b c", "utt-b": "d\u2028b"}
+    text.write_text("".join(f"{utt} {line}\n" for utt, line in made.items()), "utf-8")
+    run("factorized", "--text", str(text))
+    assert scored == list(made.values())
+
+
 def test_bad_input_is_named(run, files, tmp_path):
     with pytest.raises(UserError, match="--text none: there is no such file"):
         run("factorized", "--text", "none")
@@ -165,6 +210,12 @@ def test_bad_input_is_named(run, files, tmp_path):
     text.write_text("utt-a ab\nutt-b b\n")
     with pytest.raises(UserError, match="no transcript of 2 utterances: utt-c"):
         run("factorized", "--text", str(text))
+    text.write_text("utt-a ab\n\nutt-b b\nutt-c c\nutt-d d\nutt-a cd\n")
+    with pytest.raises(UserError, match="(?s)duplicate id .*utt-a.*") as caught:
+        run("factorized", "--text", str(text))
+    assert "text:2 has 0, expected 1 or more" in str(caught.value)
+    with pytest.raises(UserError, match="none.yaml: there is no such file"):
+        run("factorized", "--asr_train_config", "none.yaml")
     with pytest.raises(UserError, match="lm_weights"):
         run("factorized", *files["lm"].lm_options())
     with pytest.raises(UserError, match="--nj 0"):
