@@ -33,6 +33,12 @@ _PARTS = (
 )
 
 
+# Of a batch of which nothing is left. ESPnet's distributed training divides losses and statistics
+# by the sum of the weights over all processes: zero would make them NaN if no process had a usable
+# utterance, and one would pull the means of an epoch (and the choice of the best) towards zero.
+_NO_WEIGHT = 1e-20
+
+
 class Lattice(NamedTuple):
     """The utterances of a batch that are trained on, trimmed to their longest."""
 
@@ -104,7 +110,9 @@ class AbsTransducerModel(ESPnetASRModel):
         """Loss, statistics and weight of a batch, as ESPnet's trainer wants them.
 
         Utterances whose labels outnumber ``max_labels_per_frame`` times their encoder frames are
-        left out, counted (``num_skipped``) and logged once each.
+        left out, counted (``num_skipped``) and logged once each. The weight is the number of
+        those left; a batch of which nothing is left has a loss of zero and next to no weight, and
+        so appears in no mean that ESPnet reports (not even in that of ``num_skipped``).
 
         Args:
             speech: (B, samples, ...).
@@ -125,7 +133,7 @@ class AbsTransducerModel(ESPnetASRModel):
             names = ["loss_transducer", "nll_per_label", "num_skipped"]
             names += [f"loss_{name}" for name in self.further_losses]
             stats = dict.fromkeys([*names, "loss"], 0.0) | {"num_skipped": skipped}
-            return force_gatherable((loss, stats, 1), loss.device)
+            return force_gatherable((loss, stats, _NO_WEIGHT), loss.device)
 
         batch = trim(encoder_out, frame_lengths, text, text_lengths, keep)
         nll, further = self.lattice_nll(batch)
@@ -142,7 +150,7 @@ class AbsTransducerModel(ESPnetASRModel):
             stats[f"loss_{name}"] = mean.detach()
             loss = loss + getattr(self, f"{name}_weight") * mean
         stats["loss"] = loss.detach()
-        return force_gatherable((loss, stats, kept), loss.device)
+        return force_gatherable((loss, stats, float(kept)), loss.device)
 
     def encode_frames(self, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output (B, T, D) and lengths (B,), without intermediate layers' outputs."""

@@ -2,6 +2,7 @@
 
 import torch
 import torch.multiprocessing as mp
+from espnet2.torch_utils.recursive_op import recursive_average
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.transducer.tiny import batch, factorized, rnnt, save_llm
@@ -41,6 +42,21 @@ def worker(rank, directory, kinds, llm):
         if rank == 0:
             grads = {k: p.grad for k, p in model.module.named_parameters()}
             torch.save(grads, f"{directory}/{kind}.pth")
+    for usable in (True, False):  # of process 0
+        model = make("rnnt", llm)
+        loss, stats, weight = model(*data(0 if usable and rank == 0 else 1))
+        # as ESPnet's trainer
+        loss = (loss * weight.type(loss.dtype)).sum()
+        stats, total = recursive_average(stats, weight, distributed=True)
+        loss /= total
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        if rank == 0 and usable:
+            expected, expected_stats, expected_weight = model(*data(0))
+            torch.testing.assert_close(loss, expected[0])
+            assert total == expected_weight[0]
+            for name, value in expected_stats.items():
+                torch.testing.assert_close(stats[name], value[0])
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """The ESPnet models: losses, statistics, starts from CTC, and bad input."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torchaudio
 from espnet2.asr.decoder.rnn_decoder import RNNDecoder
 from espnet2.torch_utils.initialize import initialize
 from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+from espnet2.train.reporter import Reporter
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.joint import posterior
@@ -217,12 +219,32 @@ def test_a_batch_of_which_nothing_is_left():
     data = batch(frames=(2, 1), labels=((1, 2, 3), (2, 3)))
     for model in both(ctc_weight=0.3):
         loss, stats, weight = model(*data, utt_id=["one", "two"])
-        assert loss == 0 and stats["num_skipped"] == 2 and weight == 1
+        assert loss == 0 and stats["num_skipped"] == 2 and 0 < weight < 1e-9
         _, other, _ = model(*batch())
         assert list(other) == list(stats)
         loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1,)])
+def test_a_batch_of_which_nothing_is_left_changes_no_reported_mean(order):
+    """By ESPnet's reporter, as in the training and in the validation of one process."""
+    batches = [batch(), batch(frames=(2, 1), labels=((1, 2, 3), (2, 3)))]
+    model = rnnt(ctc_weight=0.3)
+    reporter = Reporter()
+    with reporter.observe("valid", epoch=1) as epoch:
+        for index in order:
+            _, stats, weight = model(*batches[index], utt_id=["one", "two", "three"])
+            epoch.register(stats, weight)
+            epoch.next()
+    expected = model(*batches[0])[1]
+    for name, value in expected.items():
+        reported = reporter.get_value("valid", name, 1)
+        if 0 in order:
+            assert reported == pytest.approx(value.item(), rel=1e-6), name
+        else:
+            assert math.isfinite(reported)
 
 
 def test_only_frozen_parameters_are_left_out_of_an_empty_batch():
@@ -339,6 +361,16 @@ class ModelCheckpoint(CheckpointContract):
 class TestRNNTCheckpoint(ModelCheckpoint):
     def make(self):
         return rnnt(acoustic_residual=True, ctc_weight=0.3)
+
+
+class TestPlainRNNTCheckpoint(ModelCheckpoint):
+    def make(self):
+        return rnnt()
+
+
+class TestStatelessCheckpoint(ModelCheckpoint):
+    def make(self):
+        return factorized(predictor="stateless", model_conf={"ctc_weight": 0.3, "ilm_weight": 0.1})
 
 
 class TestFactorizedCheckpoint(ModelCheckpoint):
