@@ -58,7 +58,6 @@ ENTRIES = (
 # Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
 CHOICES = {
     "model": ("espnet2.tasks.asr", "model_choices"),
-    "encoder": ("espnet2.tasks.asr", "encoder_choices"),
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),
 }

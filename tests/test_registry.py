@@ -19,6 +19,10 @@ def test_register_is_idempotent_and_checks_types():
         assert choices.get_class(entry.name) is entry.load()
 
 
+def test_every_kind_has_a_name():
+    assert {entry.kind for entry in registry.ENTRIES} == set(registry.CHOICES)
+
+
 def test_names_are_lower_case_because_espnet_lower_cases_them():
     assert all(entry.name == entry.name.lower() for entry in registry.ENTRIES)
 

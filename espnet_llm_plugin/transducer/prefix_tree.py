@@ -49,7 +49,6 @@ class PrefixTree:
         self._states: list[Any] = [None]
         self.parent = np.full(64, -1, dtype=np.int64)
         self.label = np.full(64, -1, dtype=np.int64)
-        self.depth = np.zeros(64, dtype=np.int64)
         # Sums of log-probs along the prefix, without scales: predictor's LM and external LM.
         self.lm_sum = np.zeros(64)
         self.external_sum = np.zeros(64)
@@ -86,7 +85,6 @@ class PrefixTree:
                     self._grow(node)
                 self._child[key] = node
                 self.parent[node], self.label[node] = parent, label
-                self.depth[node] = self.depth[parent] + 1
                 self.lm_sum[node] = self.lm_sum[parent] + lm_score
                 new_parents.append(parent)
                 new_labels.append(label)
@@ -113,7 +111,7 @@ class PrefixTree:
         size = len(self.parent)
         if node < size:
             return
-        for name in ("parent", "label", "depth", "lm_sum", "external_sum"):
+        for name in ("parent", "label", "lm_sum", "external_sum"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
         if self._rows is not None:
