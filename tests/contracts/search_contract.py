@@ -167,7 +167,12 @@ def greedy_reference(case: Case, scales: Scales, max_symbols: int) -> tuple[tupl
 
 
 class SearchContract:
-    """Mixin: give ``case(seed)`` with 2-4 labels and about 3 frames."""
+    """Mixin: give ``case(seed)`` with 2-4 labels and about 3 frames.
+
+    The references are those of transducers; a search over other alignments brings its own
+    ``search``, ``exact``, ``greedy`` and ``alignment_score``, and sets tests without a meaning for
+    it to None.
+    """
 
     scales = Scales(beta=0.0, lm_weight=0.0, label_bonus=0.0)
     max_symbols = 2
@@ -183,13 +188,21 @@ class SearchContract:
             case.scorer, beam_size=beam_size, external_lm=case.external_lm, **kwargs
         )
 
+    def exact(self, case: Case, scales: Scales) -> dict[tuple[int, ...], tuple[float, float]]:
+        """Of label sequences: log of the sum over alignments, best alignment."""
+        return exact_scores(case, scales, self.max_labels, self.max_symbols)
+
+    def greedy(self, case: Case) -> tuple[tuple[int, ...], float]:
+        """The only hypothesis of a beam of one, and its score."""
+        return greedy_reference(case, self.scales, self.max_symbols)
+
     @pytest.fixture(params=range(4))
     def tiny(self, request) -> Case:
         return self.case(request.param)
 
     def test_wide_beam_sums_over_all_alignments(self, tiny):
         frames = tiny.encoder_out.size(0)
-        exact = exact_scores(tiny, self.scales, self.max_labels, self.max_symbols)
+        exact = self.exact(tiny, self.scales)
         hyps = self.search(tiny, 2000)(tiny.encoder_out, self.scales, nbest=10**6)
         found = {h.labels: h.total for h in hyps}
         assert len(found) == len(hyps), "one label sequence twice"
@@ -198,7 +211,7 @@ class SearchContract:
             assert found[labels] == pytest.approx(total, abs=self.tolerance), labels
 
     def test_wide_beam_finds_the_best_sequence(self, tiny):
-        exact = exact_scores(tiny, self.scales, self.max_labels, self.max_symbols)
+        exact = self.exact(tiny, self.scales)
         best = max(exact, key=lambda labels: exact[labels][0])
         hyp = self.search(tiny, 300)(tiny.encoder_out, self.scales)[0]
         assert hyp.total >= exact[best][0] - self.tolerance
@@ -206,7 +219,7 @@ class SearchContract:
             assert hyp.labels == best
 
     def test_narrow_beam_never_exceeds_the_exact_score(self, tiny):
-        exact = exact_scores(tiny, self.scales, self.max_labels, self.max_symbols)
+        exact = self.exact(tiny, self.scales)
         for beam in (1, 2, 4):
             for hyp in self.search(tiny, beam)(tiny.encoder_out, self.scales, nbest=beam):
                 if hyp.labels in exact:
@@ -224,15 +237,15 @@ class SearchContract:
         assert means == sorted(means)
 
     def test_beam_one_is_greedy(self, tiny):
-        labels, score = greedy_reference(tiny, self.scales, self.max_symbols)
+        labels, score = self.greedy(tiny)
         hyp = self.search(tiny, 1)(tiny.encoder_out, self.scales)[0]
         assert hyp.labels == labels
         assert hyp.total == pytest.approx(score, abs=self.tolerance)
 
     def test_parts_add_up_and_frames_are_those_of_the_best_alignment(self, tiny):
-        exact = exact_scores(tiny, self.scales, self.max_labels, self.max_symbols)
+        exact = self.exact(tiny, self.scales)
         without = Scales(alpha=self.scales.alpha)
-        acoustic = exact_scores(tiny, without, self.max_labels, self.max_symbols)
+        acoustic = self.exact(tiny, without)
         for hyp in self.search(tiny, 2000)(tiny.encoder_out, self.scales, nbest=40):
             parts = hyp.acoustic + hyp.lm + hyp.external_lm + hyp.bonus
             assert parts == pytest.approx(hyp.total, abs=self.tolerance)

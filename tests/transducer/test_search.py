@@ -68,6 +68,21 @@ class TestFactorizedLSTMSoftmax(ModelContract):
         return Case(build_scorer(model.eval()), self.frames(seed), TableLM(3, seed))
 
 
+class TestFactorizedLLM(ModelContract):
+    scales = Scales(alpha=0.6, beta=0.4, label_bonus=1.0)
+    tokens = tiny.TOKENS[:3] + ["<sos/eos>"]
+
+    @pytest.fixture(autouse=True, scope="class")
+    def directory(self, request, tmp_path_factory):
+        made = tiny.save_llm(tmp_path_factory.mktemp("llm"), tokens=self.tokens)
+        request.cls.llm = made
+
+    def case(self, seed):
+        conf = {"predictor": "llm", "predictor_conf": {"llm": self.llm}}
+        model = tiny.factorized(seed, tokens=self.tokens, **conf).eval()
+        return Case(build_scorer(model), self.frames(seed))
+
+
 class TestRNNT(ModelContract):
     scales = Scales(lm_weight=0.3, label_bonus=0.5)
 
