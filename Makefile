@@ -25,7 +25,7 @@ $(INSTALLED): setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), but python >= 3.10 is needed;" \
 		       "try e.g. 'make $(MAKECMDGOALS) PYTHON=python3.11'" >&2; exit 1; }
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV): about 5.5 GB, some minutes, only this once"
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
 	$(VENV)/bin/python -m pip check

@@ -109,10 +109,12 @@ class FactorizedTransducerDecoder(AbsDecoder):
 
     def acoustic(self, encoder_out: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output (..., D) -> acoustic logits (..., L) and acoustic blank logit (...)."""
-        tokens = self.acoustic_output(encoder_out)
-        labels, blank = tokens[..., 1:-1], tokens[..., 0]
+        weight, bias = self.acoustic_output.weight, self.acoustic_output.bias
+        # rows of the layer, not columns of its output: no second (B, T, V) for their gradient
+        labels = torch.nn.functional.linear(encoder_out, weight[1:-1], bias[1:-1])
         if not self.acoustic_blank:
-            return labels, torch.zeros_like(blank)
+            return labels, labels.new_zeros(labels.shape[:-1])
+        blank = torch.nn.functional.linear(encoder_out, weight[:1], bias[:1]).squeeze(-1)
         if self.blank_norm == "sigmoid":
             # the log-odds of blank, so that its sigmoid is the posterior of a softmax
             blank = blank.float() - labels.float().logsumexp(dim=-1)

@@ -105,13 +105,12 @@ def test_a_second_run_does_nothing_twice(mini):
     assert time.monotonic() - start < 240
 
 
+ASR_LLM = ["../../TEMPLATE/asr1/asr_llm.sh", "--datadir", "data/tiny", "--expdir", "exp/tiny"]
+ASR_LLM += ["--dumpdir", "dump/tiny", "--nbpe", "300", "--nj", "1", "--skip_data_prep", "true"]
+
+
 def asr_llm(mini, *arguments, **kwargs):
-    options = ["--expdir", "exp/tiny", "--dumpdir", "dump/tiny", "--nbpe", "200", "--nj", "1"]
-    return run(
-        ["../../TEMPLATE/asr1/asr_llm.sh", *options, "--skip_data_prep", "true", *arguments],
-        mini[0],
-        **kwargs,
-    )
+    return run([*ASR_LLM, *arguments], mini[0], **kwargs)
 
 
 def test_trained_models_are_not_overwritten_by_other_options(mini):
@@ -121,25 +120,29 @@ def test_trained_models_are_not_overwritten_by_other_options(mini):
     assert "exp/tiny/asr_ctc was trained with other options" in result.stderr
 
 
-def test_a_killed_training_continues(mini):
-    """SIGKILL in the first epochs; the second call resumes at the last finished epoch."""
-    arguments = ["--asr_tag", "killed", "--asr_config", "conf/mini/train_ctc.yaml"]
-    arguments += ["--asr_args", "--max_epoch 3", "--stage", "11", "--stop_stage", "11"]
-    command = ["../../TEMPLATE/asr1/asr_llm.sh", "--expdir", "exp/tiny", "--dumpdir", "dump/tiny"]
+def kill_when(ready, mini, arguments, kind):
+    """Start asr_llm.sh and send it and its children a signal as soon as ``ready()``."""
     process = subprocess.Popen(
-        [*command, "--nbpe", "200", "--skip_data_prep", "true", *arguments],
+        [*ASR_LLM, *arguments],
         cwd=mini[0],
         env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    directory = mini[0] / "exp/tiny/asr_killed"
     deadline = time.monotonic() + 200
-    while not (directory / "1epoch.pth").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, kind)
     process.wait()
+
+
+def test_a_killed_training_continues(mini):
+    """SIGKILL in the first epochs; the second call resumes at the last finished epoch."""
+    arguments = ["--asr_tag", "killed", "--asr_config", "conf/mini/train_ctc.yaml"]
+    arguments += ["--asr_args", "--max_epoch 3", "--stage", "11", "--stop_stage", "11"]
+    directory = mini[0] / "exp/tiny/asr_killed"
+    kill_when((directory / "1epoch.pth").is_file, mini, arguments, signal.SIGKILL)
     assert not (directory / ".done").exists()
     result = asr_llm(mini, *arguments)
     assert result.returncode == 0, result.stderr
@@ -147,6 +150,20 @@ def test_a_killed_training_continues(mini):
     log = (directory / "train.log").read_text()
     assert "The training was resumed using" in log
     assert log.count("1epoch results") == 1
+
+
+def test_a_stopped_decoding_stops_its_jobs_and_continues(mini):
+    """SIGTERM while a background job decodes: the job ends too, and its work is not lost."""
+    arguments = ["--asr_tag", "ctc", "--asr_config", "conf/mini/train_ctc.yaml", "--stage", "12"]
+    arguments += ["--inference_tag", "stopped", "--inference_nj", "1", "--stop_stage", "12"]
+    output = mini[0] / "exp/tiny/asr_ctc/stopped/dev/logdir/output.1"
+    kill_when(lambda: any(output.glob(".partial*")), mini, arguments, signal.SIGTERM)
+    time.sleep(1)
+    processes = subprocess.run(["ps", "-e", "-o", "args"], capture_output=True, text=True).stdout
+    assert str(output.relative_to(mini[0])) not in processes
+    result = asr_llm(mini, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert len(keys_of(mini[0] / "exp/tiny/asr_ctc/stopped/dev/text")) == 20
 
 
 def test_missing_stages_are_named(mini):
@@ -218,16 +235,29 @@ def test_custom_data(mini, recipes):
     """Bring your own directories: here the tiny corpus, seen as somebody else's."""
     source = mini[0] / "dump/tiny/raw"
     directory = recipes / "custom" / "asr1"
+    shutil.copytree(source / "test", source / "again", dirs_exist_ok=True)
+    (directory / "one_point.yaml").write_text("alphas: [1.0]\nbetas: [0.0]\nbeam_size: 2\n")
     result = run(
         [
             *["./run.sh", "--train_dir", source / "train", "--valid_dir", source / "dev"],
-            *["--test_dirs", source / "test", "--nj", "2", "--inference_nj", "2"],
-            *["--asr_args", "--max_epoch 1"],
+            *["--test_dirs", f"{source}/test {source}/again", "--nj", "2", "--inference_nj", "2"],
+            *["--asr_args", "--max_epoch 1", "--lm_args", "--max_epoch 1"],
+            *["--llm", mini[0] / "exp/tiny/lm_llama/llm", "--tune_config", "one_point.yaml"],
         ],
         directory,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (directory / "exp/asr_ft/decode/test/score_wer/result.txt").is_file()
+    for name in ("test", "again"):
+        for tag in ("decode", "decode_swap"):
+            assert (directory / f"exp/asr_ft/{tag}/{name}/score_wer/result.txt").is_file()
+
+
+def test_custom_test_sets_need_names_of_their_own(recipes):
+    directories = ["--train_dir", "a/x", "--valid_dir", "a/y", "--test_dirs"]
+    for test_dirs in ("a/test b/test", "a/train"):
+        result = run(["./run.sh", *directories, test_dirs], recipes / "custom" / "asr1")
+        assert result.returncode == 2
+        assert "already a set called" in result.stderr
 
 
 def test_custom_data_names_what_is_missing(recipes):

@@ -54,7 +54,7 @@ class Sizes:
                 raise UserError(f"the set {name!r} must have at least 1 utterance, not {count}")
 
 
-PRESETS = {"tiny": Sizes(120, 20, 20, 2000), "mini": Sizes(1500, 150, 400, 55000)}
+PRESETS = {"tiny": Sizes(120, 20, 20, 2000), "mini": Sizes(3000, 150, 400, 55000)}
 
 
 class Utterance(NamedTuple):
