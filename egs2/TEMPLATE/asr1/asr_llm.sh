@@ -2,11 +2,11 @@
 # Recognisers with LLMs, stage by stage, with the stage numbers, options and directories of ESPnet's
 # asr.sh; needs no Kaldi, no Perl and no ESPnet checkout. Run it from a recipe directory.
 #
-#   stage  1  prepare data            local/data.sh -> data/<set>/{wav.scp,text,utt2spk}
-#   stage  2  speed perturbation      data/<train_set>_sp
+#   stage  1  prepare data            local/data.sh -> <datadir>/<set>/{wav.scp,text,utt2spk}
+#   stage  2  speed perturbation      <datadir>/<train_set>_sp
 #   stage  3  format the audio        dump/raw/<set>
 #   stage  4  filter by length        dump/raw/<set>
-#   stage  5  token list              data/token_list/<token_type>
+#   stage  5  token list              <token_listdir>/<token_type>
 #   stage  6  adapt the LLM's vocabulary to the token list; LM statistics
 #   stage  7  train or fine-tune the LM, export it as a Hugging Face directory <lm_exp>/llm
 #   stage  8  perplexity of the LM
@@ -17,6 +17,7 @@
 #
 # A finished stage leaves a mark and is not redone; a killed one continues when it is run again.
 # Changed options make cheap stages run again, and are refused for trained models: give another tag.
+# Differs from asr.sh: --use_lm is false by default; stages 9, 14-15 and options of theirs are absent.
 #
 # Options (`--name value`), with their defaults:
 # OPTIONS
@@ -28,6 +29,7 @@ skip_eval=false           # Leave out stages 12-13
 ngpu=0                    # GPUs for training (0: CPU); decoding uses one if this is not 0
 nj=4                      # Parallel jobs for preparing data and collecting statistics
 inference_nj=4            # Parallel decoding jobs
+datadir=data              # Kaldi data directories
 dumpdir=dump              # Formatted data
 expdir=exp                # Models, logs, results
 python=python3            # Python that has espnet_llm_plugin installed
@@ -45,10 +47,17 @@ token_type=bpe            # bpe, char or word
 nbpe=500                  # Pieces of the bpe token list
 bpemode=unigram           # unigram or bpe
 bpe_char_cover=1.0        # Character coverage of the bpe token list
+bpe_nlsyms=               # Symbols that are pieces by themselves, separated by commas
+bpe_input_sentence_size=100000000  # Most sentences to train the pieces on
 bpe_train_text=           # Text to train the pieces on (default: the training transcripts)
-token_listdir=data/token_list  # Where token lists are kept
-use_lm=false              # Run stages 6-8
+nlsyms_txt=none           # File of symbols that are one token (char)
+cleaner=none              # ESPnet's text cleaner
+g2p=none                  # ESPnet's grapheme-to-phoneme method
+token_listdir=            # Where token lists are kept (default: <datadir>/token_list)
+use_lm=false              # Run stages 6-8, and fuse the LM in stage 12
 lm_tag=                   # Name of the LM experiment (default: from lm_config)
+lm_exp=                   # Directory of the LM experiment (default: <expdir>/lm_<lm_tag>)
+lm_stats_dir=             # Its statistics (default: <expdir>/lm_stats_<lm_tag>)
 lm_config=                # LM training configuration; empty: the adapted LLM is used as it is
 lm_args=                  # More options for espnet2.bin.lm_train
 lm_train_text=            # LM training texts, `id sentence` lines (default: training transcripts)
@@ -57,6 +66,7 @@ lm_test_text=             # Text for the perplexity (default: the same as lm_dev
 llm=                      # Pretrained LLM to adapt: Hugging Face directory or hub id
 oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
 asr_tag=                  # Name of the ASR experiment (default: from asr_config)
+asr_exp=                  # Directory of the ASR experiment (default: <expdir>/asr_<asr_tag>)
 asr_config=               # ASR training configuration; empty: stages 10-13 are left out
 asr_args=                 # More options for espnet2.bin.asr_train
 asr_stats_dir=            # Feature statistics (default: <expdir>/asr_stats_raw_<token list>)
@@ -68,17 +78,17 @@ inference_config=         # Decoding configuration
 inference_args=           # More options for espnet_llm_plugin.bin.asr_inference
 inference_tag=            # Name of the decoding (default: from the configuration and arguments)
 inference_asr_model=valid.loss.ave.pth  # ASR checkpoint to decode
-inference_lm=             # Trained LM experiment directory for shallow fusion
-inference_lm_model=valid.loss.ave.pth  # LM checkpoint for shallow fusion
+inference_lm=valid.loss.ave.pth  # LM checkpoint to fuse if --use_lm is true
 swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
-tune_config=              # Grid of scales to try on the valid set, as a YAML file
+tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
 # END
 set -euo pipefail
 
 usage() {
     sed -n -e '2,/^# OPTIONS/p' "$0" | sed -e 's/^# \{0,1\}//' -e '/^OPTIONS/d'
     sed -n -e '/^# OPTIONS/,/^# END/p' "$0" | grep -v '^# ' |
-        sed -E 's/^([a-z_]+)=("[^"]*"|[^ ]*) *# (.*)/  --\1 [\2]|\3/' | column -t -s '|'
+        sed -E 's/^([a-z0-9_]+)=("[^"]*"|[^ ]*) *# (.*)/--\1 [\2]|\3/' |
+        awk -F '|' '{printf "  %-42s %s\n", $1, $2}'
 }
 
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') ($(basename "$0")) $*"; }
@@ -89,7 +99,7 @@ die() {
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-options=" $(sed -n '/^# OPTIONS/,/^# END/{s/^\([a-z_]*\)=.*/\1/p}' "${BASH_SOURCE[0]}" | tr '\n' ' ')"
+options=" $(sed -n '/^# OPTIONS/,/^# END/{s/^\([a-z0-9_]*\)=.*/\1/p}' "${BASH_SOURCE[0]}" | tr '\n' ' ')"
 run_args="$*"
 while [ $# -gt 0 ]; do
     name=${1#--}
@@ -104,6 +114,7 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 log "$0 ${run_args}"
+export python
 
 # shellcheck source-path=SCRIPTDIR
 . "${here}/path.sh"
@@ -144,9 +155,16 @@ checksum() {
 }
 is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 mark_done() { echo "$2" > "$1.partial" && mv "$1.partial" "$1"; }
+# A Hugging Face directory, by its configuration and by size and time of its weights.
+llm_mark() {
+    [ -d "$1" ] || return 0
+    checksum "$1/config.json" "$(stat -L -c '%n %s %Y' "$1"/*.safetensors "$1"/*.bin 2> /dev/null || true)"
+}
+# The speech of a formatted data directory.
+audio_mark() { checksum "$1/wav.scp" "$1/utt2num_samples" "${fs}"; }
 # A trained model that was made from something else is never overwritten silently.
 refuse_other() {
-    if [ -f "$1/.begun" ] && [ "$(cat "$1/.begun")" != "$2" ]; then
+    if [ -f "$1/.begun" ] && [ "$(cat "$1/.begun")" != "$2" ] && compgen -G "$1/*.pth" > /dev/null; then
         die "$1 was trained with other options, configuration or data." \
             "Give another $3, or remove the directory to train it again"
     fi
@@ -162,6 +180,22 @@ jobs_for() {
     done
     echo "${jobs}"
 }
+# Seconds of training in <directory>/time.json, those of killed runs included.
+start_clock() {
+    local before=0
+    [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
+    if [ -f "$1/.started" ] && [ -f "$1/train.log" ]; then # an earlier run was killed
+        before=$((before + $(stat -c %Y "$1/train.log") - $(stat -c %Y "$1/.started")))
+        echo "${before}" > "$1/.seconds"
+    fi
+    touch "$1/.started"
+}
+stop_clock() {
+    local before=0
+    [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
+    echo "{\"seconds\": $((before + $(date +%s) - $(stat -c %Y "$1/.started")))}" > "$1/time.json"
+    rm -f "$1/.started" "$1/.seconds"
+}
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.
 logged() {
     local file=$1
@@ -176,6 +210,7 @@ logged() {
 
 # --- names ------------------------------------------------------------------------------------
 data_feats=${dumpdir}/raw
+token_listdir=${token_listdir:-${datadir}/token_list}
 [ -z "${speed_perturb_factors}" ] || train_set_sp=${train_set}_sp
 train_set_sp=${train_set_sp:-${train_set}}
 case ${token_type} in
@@ -199,14 +234,14 @@ config_name() { basename "${1%.yaml}"; }
 if [ -z "${lm_tag}" ]; then
     lm_tag=$(config_name "${lm_config:-adapted.yaml}")_${token_name}
 fi
-lm_exp=${expdir}/lm_${lm_tag}
-lm_stats_dir=${expdir}/lm_stats_${lm_tag}
+lm_exp=${lm_exp:-${expdir}/lm_${lm_tag}}
+lm_stats_dir=${lm_stats_dir:-${expdir}/lm_stats_${lm_tag}}
 lm_train_text=${lm_stats_dir}/lm_train.txt
 if [ -z "${asr_tag}" ]; then
     asr_tag=$(config_name "${asr_config:-default.yaml}")_raw_${token_name}
     [ -z "${speed_perturb_factors}" ] || asr_tag=${asr_tag}_sp
 fi
-asr_exp=${expdir}/asr_${asr_tag}
+asr_exp=${asr_exp:-${expdir}/asr_${asr_tag}}
 if [ -z "${asr_stats_dir}" ]; then
     asr_stats_dir=${expdir}/asr_stats_raw_${token_name}
     [ -z "${speed_perturb_factors}" ] || asr_stats_dir=${asr_stats_dir}_sp
@@ -216,7 +251,7 @@ if [ -z "${inference_tag}" ]; then
     [ -z "${inference_config}" ] || inference_tag+=_$(config_name "${inference_config}")
     [ -z "${inference_args}" ] ||
         inference_tag+=$(echo "${inference_args}" | sed -e 's/--/_/g' -e 's/[ |=/]//g')
-    [ -z "${inference_lm}" ] || inference_tag+=_$(basename "${inference_lm}")
+    [ "${use_lm}" = false ] || inference_tag+=_lm_$(basename "${lm_exp}")
     [ -z "${swap_llm}" ] || inference_tag+=_swap
 fi
 
@@ -231,18 +266,18 @@ if runs 2 && [ -n "${speed_perturb_factors}" ]; then
     log "stage 2: speed perturbation by ${speed_perturb_factors}"
     # shellcheck disable=SC2086
     tool perturb_speed --factors ${speed_perturb_factors} \
-        "data/${train_set}" "data/${train_set_sp}"
+        "${datadir}/${train_set}" "${datadir}/${train_set_sp}"
 fi
 
 if runs 3; then
     log "stage 3: format the audio into ${data_feats}"
     for name in $(echo "${train_set_sp} ${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
-        [ -d "data/${name}" ] || die "there is no data/${name}: run stage 1, or give its name right"
+        [ -d "${datadir}/${name}" ] || die "there is no ${datadir}/${name}: run stage 1, or give its name right"
         target=${data_feats}/org/${name}
         [ "${name}" = "${train_set_sp}" ] || [ "${name}" = "${valid_set}" ] ||
             target=${data_feats}/${name}
         tool format_wav_scp --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
-            --drop_bad "${drop_bad}" "data/${name}" "${target}"
+            --drop_bad "${drop_bad}" "${datadir}/${name}" "${target}"
     done
 fi
 
@@ -259,12 +294,15 @@ if runs 5; then
     log "stage 5: token list ${token_list}"
     text=${bpe_train_text:-${data_feats}/${train_set_sp}/text}
     [ -f "${text}" ] || die "there is no ${text} to make tokens from: run the earlier stages"
-    mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}")
+    mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}" \
+        "${bpe_nlsyms}" "${bpe_input_sentence_size}" "${nlsyms_txt}" "${cleaner}")
     if is_done "${token_dir}/.done" "${mark}"; then
         log "already done"
     else
         tool make_token_list --token_type "${token_type}" --nbpe "${nbpe}" \
             --bpemode "${bpemode}" --bpe_char_cover "${bpe_char_cover}" \
+            --bpe_nlsyms "${bpe_nlsyms}" --bpe_input_sentence_size "${bpe_input_sentence_size}" \
+            --nlsyms_txt "${nlsyms_txt}" --cleaner "${cleaner}" \
             --text "${text}" --output_dir "${token_dir}"
         mark_done "${token_dir}/.done" "${mark}"
     fi
@@ -273,7 +311,7 @@ fi
 # --- language model -----------------------------------------------------------------------------
 need_tokens() { [ -f "${token_list}" ] || die "there is no ${token_list}: run stage 5"; }
 lm_common="--token_type ${token_type} --bpemodel ${bpemodel} --token_list ${token_list}
-    --use_preprocessor true --non_linguistic_symbols none --cleaner none --g2p none"
+    --use_preprocessor true --non_linguistic_symbols ${nlsyms_txt} --cleaner ${cleaner} --g2p ${g2p}"
 lm_llm_args=""
 [ -z "${llm}" ] || lm_llm_args="--lm_conf llm=${lm_exp}/adapted"
 
@@ -281,7 +319,7 @@ if runs 6; then
     need_tokens
     if [ -n "${llm}" ]; then
         log "stage 6: adapt ${llm} to ${token_list}"
-        mark=$(checksum "${token_list}" "${llm}" "${llm}/config.json" "${oov_init}")
+        mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" "${oov_init}")
         if is_done "${lm_exp}/.adapted" "${mark}"; then
             log "already done"
         else
@@ -313,13 +351,13 @@ if runs 6; then
                     --output_dir "${lm_stats_dir}/logdir" "${!list}" > /dev/null
             done
             # shellcheck disable=SC2086
-            run_jobs "${jobs}" "${lm_stats_dir}/logdir/stats.JOB.log" \
+            run_jobs "${jobs}" "${lm_stats_dir}/logdir/stats.@JOB@.log" \
                 plugin -m espnet2.bin.lm_train --collect_stats true ${lm_common} ${lm_llm_args} \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
-                --train_shape_file "${lm_stats_dir}/logdir/train.JOB.scp" \
-                --valid_shape_file "${lm_stats_dir}/logdir/dev.JOB.scp" \
-                --output_dir "${lm_stats_dir}/logdir/stats.JOB" --config "${lm_config}" ${lm_args} \
+                --train_shape_file "${lm_stats_dir}/logdir/train.@JOB@.scp" \
+                --valid_shape_file "${lm_stats_dir}/logdir/dev.@JOB@.scp" \
+                --output_dir "${lm_stats_dir}/logdir/stats.@JOB@" --config "${lm_config}" ${lm_args} \
                 --batch_type unsorted --batch_size 512 --ngpu 0 \
                 --model_conf extract_feats_in_collect_stats=false
             input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${jobs}")
@@ -350,7 +388,7 @@ if runs 7; then
             log "already done"
         else
             refuse_other "${lm_exp}" "${mark}" --lm_tag
-            seconds=${SECONDS}
+            start_clock "${lm_exp}"
             # shellcheck disable=SC2086
             logged "${lm_exp}/train.log" plugin -m espnet2.bin.lm_train ${lm_common} \
                 ${lm_llm_args} --ngpu "${ngpu}" --resume true \
@@ -362,7 +400,7 @@ if runs 7; then
             rm -rf "${lm_exp}/llm"
             tool export_llm --lm_train_config "${lm_exp}/config.yaml" \
                 --lm_file "${lm_exp}/valid.loss.ave.pth" --output_dir "${lm_exp}/llm"
-            echo "{\"seconds\": $((SECONDS - seconds))}" > "${lm_exp}/time.json"
+            stop_clock "${lm_exp}"
             mark_done "${lm_exp}/.done" "${mark}"
         fi
     fi
@@ -370,12 +408,13 @@ fi
 
 if runs 8 && [ -n "${lm_config}" ]; then
     log "stage 8: perplexity of ${lm_test_text}"
+    [ -f "${lm_exp}/.done" ] || die "${lm_exp} is not a finished training: run stage 7"
     mark=$(checksum "${lm_test_text}" "$(cat "${lm_exp}/.done")")
     if is_done "${lm_exp}/perplexity_test/.done" "${mark}"; then
         log "already done"
     else
         # shellcheck disable=SC2086
-        run_jobs 1 "${lm_exp}/perplexity_test/lm_calc_perplexity.JOB.log" \
+        run_jobs 1 "${lm_exp}/perplexity_test/lm_calc_perplexity.@JOB@.log" \
             plugin -m espnet2.bin.lm_calc_perplexity --ngpu "${ngpu}" --batch_size 64 \
             --data_path_and_name_and_type "${lm_test_text},text,text" \
             --train_config "${lm_exp}/config.yaml" --model_file "${lm_exp}/valid.loss.ave.pth" \
@@ -389,7 +428,7 @@ fi
 asr_train_dir=${data_feats}/${train_set_sp}
 asr_valid_dir=${data_feats}/${valid_set}
 asr_common="--use_preprocessor true --token_type ${token_type} --bpemodel ${bpemodel}
-    --token_list ${token_list} --non_linguistic_symbols none --cleaner none --g2p none
+    --token_list ${token_list} --non_linguistic_symbols ${nlsyms_txt} --cleaner ${cleaner} --g2p ${g2p}
     --train_data_path_and_name_and_type ${asr_train_dir}/wav.scp,speech,sound
     --train_data_path_and_name_and_type ${asr_train_dir}/text,text,text
     --valid_data_path_and_name_and_type ${asr_valid_dir}/wav.scp,speech,sound
@@ -398,9 +437,13 @@ asr_common="--use_preprocessor true --token_type ${token_type} --bpemodel ${bpem
 if runs 10; then
     need_tokens
     log "stage 10: ASR statistics in ${asr_stats_dir}"
-    mark=$(checksum "${asr_train_dir}/wav.scp" "${asr_train_dir}/text" "${asr_valid_dir}/wav.scp" \
-        "${asr_valid_dir}/text" "${token_list}" \
-        "$(awk '/^[^ ]/ {keep = /^frontend/} keep' "${asr_config}")")
+    frontend_args=""
+    [[ ${asr_args} != *--frontend* ]] || frontend_args=${asr_args}
+    frontend=$(checksum "$(awk '/^[^ ]/ {keep = /^frontend/} keep' "${asr_config}")" "${frontend_args}")
+    [ ! -f "${asr_stats_dir}/.frontend" ] || [ "$(cat "${asr_stats_dir}/.frontend")" = "${frontend}" ] ||
+        die "${asr_stats_dir} holds statistics of another frontend; give another --asr_stats_dir"
+    mark=$(checksum "$(audio_mark "${asr_train_dir}")" "$(audio_mark "${asr_valid_dir}")" \
+        "${asr_train_dir}/text" "${asr_valid_dir}/text" "${token_list}" "${frontend}")
     if is_done "${asr_stats_dir}/.done" "${mark}"; then
         log "already done"
     else
@@ -411,12 +454,13 @@ if runs 10; then
                 --output_dir "${asr_stats_dir}/logdir" "${!directory}/wav.scp" > /dev/null
         done
         # shellcheck disable=SC2086
-        run_jobs "${jobs}" "${asr_stats_dir}/logdir/stats.JOB.log" \
+        run_jobs "${jobs}" "${asr_stats_dir}/logdir/stats.@JOB@.log" \
             plugin -m espnet2.bin.asr_train --collect_stats true ${asr_common} \
-            --train_shape_file "${asr_stats_dir}/logdir/train.JOB.scp" \
-            --valid_shape_file "${asr_stats_dir}/logdir/valid.JOB.scp" \
-            --output_dir "${asr_stats_dir}/logdir/stats.JOB" --config "${asr_config}" ${asr_args} \
+            --train_shape_file "${asr_stats_dir}/logdir/train.@JOB@.scp" \
+            --valid_shape_file "${asr_stats_dir}/logdir/valid.@JOB@.scp" \
+            --output_dir "${asr_stats_dir}/logdir/stats.@JOB@" --config "${asr_config}" ${asr_args} \
             --batch_type unsorted --batch_size 16 --ngpu 0
+        mark_done "${asr_stats_dir}/.frontend" "${frontend}"
         input_dirs=$(seq -f "--input_dir ${asr_stats_dir}/logdir/stats.%g" "${jobs}")
         # shellcheck disable=SC2086
         plugin -m espnet2.bin.aggregate_stats_dirs ${input_dirs} --output_dir "${asr_stats_dir}"
@@ -444,13 +488,17 @@ if runs 11; then
     [ "${feats_normalize}" != global_mvn ] ||
         normalize_args+=" --normalize_conf stats_file=${asr_stats_dir}/train/feats_stats.npz"
     [ -f "${asr_stats_dir}/.done" ] || die "there are no statistics in ${asr_stats_dir}: run stage 10"
-    mark=$(checksum "${asr_config}" "${asr_args}" "${init_args}" "${init_marks}" \
+    llm_marks=""
+    for word in ${asr_args}; do
+        [[ ${word} != *llm=* ]] || llm_marks+=$(llm_mark "${word#*llm=}")
+    done
+    mark=$(checksum "${asr_config}" "${asr_args}" "${llm_marks}" "${init_args}" "${init_marks}" \
         "${normalize_args}" "$(cat "${asr_stats_dir}/.done")")
     if is_done "${asr_exp}/.done" "${mark}"; then
         log "already done"
     else
         refuse_other "${asr_exp}" "${mark}" --asr_tag
-        seconds=${SECONDS}
+        start_clock "${asr_exp}"
         # shellcheck disable=SC2086
         logged "${asr_exp}/train.log" plugin -m espnet2.bin.asr_train ${asr_common} \
             ${normalize_args} --ngpu "${ngpu}" --resume true \
@@ -461,7 +509,7 @@ if runs 11; then
             --valid_shape_file "${asr_stats_dir}/valid/text_shape.${token_type}" \
             --fold_length 80000 --fold_length 150 \
             --output_dir "${asr_exp}" --config "${asr_config}" ${asr_args}
-        echo "{\"seconds\": $((SECONDS - seconds))}" > "${asr_exp}/time.json"
+        stop_clock "${asr_exp}"
         mark_done "${asr_exp}/.done" "${mark}"
     fi
 fi
@@ -470,13 +518,19 @@ asr_model_args="--asr_train_config ${asr_exp}/config.yaml
     --asr_model_file ${asr_exp}/${inference_asr_model}"
 [ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
 model_args=${asr_model_args}
-[ -z "${inference_lm}" ] || model_args+=" --lm_train_config ${inference_lm}/config.yaml
-    --lm_file ${inference_lm}/${inference_lm_model}"
+lm_files=""
+if [ "${use_lm}" = true ]; then
+    if [ -f "${lm_exp}/config.yaml" ]; then
+        lm_files="${lm_exp}/config.yaml ${lm_exp}/${inference_lm}"
+    else # adapted, not trained
+        lm_files="${lm_exp}/llm/espnet_lm.yaml ${lm_exp}/llm/espnet_lm.pth"
+    fi
+    model_args+=" --lm_train_config ${lm_files% *} --lm_file ${lm_files#* }"
+fi
 decode_dir=${asr_exp}/${inference_tag}
 decode_mark() {
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
-        "${inference_lm:-none}/.done" "${inference_lm_model}" "${swap_llm:-none}/config.json" \
-        "${swap_llm}" "${tune_config}" "$@"
+        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" "${tune_config}" "$@"
 }
 
 if runs 12; then
@@ -484,9 +538,8 @@ if runs 12; then
     [ -f "${asr_exp}/.done" ] || die "${asr_exp} is not a finished training: run stage 11"
     inference_gpu=$((ngpu > 0 ? 1 : 0))
     config_args=""
-    [ -z "${inference_config}" ] || config_args="--config ${inference_config}"
     if [ -n "${tune_config}" ]; then
-        mark=$(decode_mark "${asr_valid_dir}/wav.scp" "${asr_valid_dir}/text")
+        mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
         if is_done "${decode_dir}/tune/.done" "${mark}"; then
             log "scales already tuned"
         else
@@ -499,28 +552,35 @@ if runs 12; then
                 --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune"
             mark_done "${decode_dir}/tune/.done" "${mark}"
         fi
-        config_args+=" --config ${decode_dir}/tune/best.yaml"
+        config_args="--config ${decode_dir}/tune/best.yaml"
     fi
+    [ -z "${inference_config}" ] || config_args+=" --config ${inference_config}"
     for name in $(echo "${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
         directory=${decode_dir}/${name}
-        mark=$(decode_mark "${data_feats}/${name}/wav.scp")
+        mark=$(decode_mark "$(audio_mark "${data_feats}/${name}")" "${inference_nj}")
         if is_done "${directory}/.done" "${mark}"; then
             log "${name} already decoded"
             continue
         fi
-        rm -rf "${directory}"
+        # What a killed run has decoded is kept, unless it decoded something else.
+        if ! is_done "${directory}/.begun" "${mark}"; then
+            rm -rf "${directory}"
+            mkdir -p "${directory}"
+            mark_done "${directory}/.begun" "${mark}"
+        fi
         jobs=$(tool split_data --nj "${inference_nj}" --name keys \
             --output_dir "${directory}/logdir" "${data_feats}/${name}/wav.scp")
         # shellcheck disable=SC2086
-        run_jobs "${jobs}" "${directory}/logdir/asr_inference.JOB.log" \
+        run_jobs "${jobs}" "${directory}/logdir/asr_inference.@JOB@.log" \
             tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" \
             --data_path_and_name_and_type "${data_feats}/${name}/wav.scp,speech,sound" \
-            --key_file "${directory}/logdir/keys.JOB.scp" \
-            --output_dir "${directory}/logdir/output.JOB" ${inference_args}
+            --key_file "${directory}/logdir/keys.@JOB@.scp" \
+            --output_dir "${directory}/logdir/output.@JOB@" ${inference_args}
         # shellcheck disable=SC2046
         tool merge_data --output_dir "${directory}" --key_file "${data_feats}/${name}/wav.scp" \
             $(seq -f "${directory}/logdir/output.%g" "${jobs}")
         cp "${directory}"/1best_recog/* "${directory}"
+        cat "${directory}"/logdir/asr_inference.*.log | grep -i 'failed' || true
         mark_done "${directory}/.done" "${mark}"
     done
 fi
@@ -536,10 +596,10 @@ if runs 13; then
             --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} --token_type "${token_type}" \
             --output_dir "${decode_dir}/${name}"
     done
-    mark=$(decode_mark "${asr_valid_dir}/wav.scp" "${asr_valid_dir}/text")
+    mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
     if ! is_done "${decode_dir}/nll/.done" "${mark}"; then
         # shellcheck disable=SC2086
-        run_jobs 1 "${decode_dir}/nll/evaluate_nll.JOB.log" \
+        run_jobs 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
             tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" \
             --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
             --data_path_and_name_and_type "${asr_valid_dir}/text,text,text"

@@ -4,15 +4,17 @@
 #   ./run.sh --train_dir D --valid_dir D --test_dirs "D ..." [--llm HF_DIRECTORY] [OPTION ...]
 #
 # A CTC model, then a factorized transducer that starts from it. With --llm, the LLM's vocabulary
-# is adapted, it is fine-tuned on the transcripts, and it replaces the transducer's predictor.
+# is adapted, it is fine-tuned on the transcripts, and it replaces the transducer's predictor, with
+# scales tuned on the validation set. Configurations: --ctc_config, --asr_config, --lm_config.
 # All other options are those of asr_llm.sh (--help), e.g. --stage 10 --token_type bpe --nbpe 500.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-train_dir="" valid_dir="" test_dirs="" llm="" drop_bad=false nj=4
+train_dir="" valid_dir="" test_dirs="" llm="" drop_bad=false nj=4 expdir=exp datadir=data
 ctc_config=conf/custom/train_ctc.yaml
 asr_config=conf/custom/train_ft.yaml
-lm_config=conf/lm/finetune_causal_llm.yaml
+lm_config=conf/custom/finetune_llm.yaml
+tune_config=conf/custom/tune.yaml
 options=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -21,8 +23,8 @@ while [ $# -gt 0 ]; do
             ../../TEMPLATE/asr1/asr_llm.sh --help
             exit 0
             ;;
-        --train_dir | --valid_dir | --test_dirs | --llm | --drop_bad | --nj | \
-            --ctc_config | --asr_config | --lm_config)
+        --train_dir | --valid_dir | --test_dirs | --llm | --drop_bad | --nj | --expdir | --datadir | \
+            --ctc_config | --asr_config | --lm_config | --tune_config)
             printf -v "${1#--}" '%s' "${2?option $1 needs a value}"
             ;;
         *) options+=("$1" "${2?option $1 needs a value}") ;;
@@ -32,21 +34,36 @@ done
 for name in train_dir valid_dir test_dirs; do
     [ -n "${!name}" ] || { echo "error: --${name} is missing; see ./run.sh --help" >&2; exit 2; }
 done
-test_sets=""
-for directory in ${test_dirs}; do test_sets+="$(basename "${directory}") "; done
 
-data_opts="--train ${train_dir} --valid ${valid_dir} --drop_bad ${drop_bad} --nj ${nj}"
-for directory in ${test_dirs}; do data_opts+=" --test ${directory}"; done
+# A test set is called as its directory.
+test_sets="" data_opts="--train ${train_dir} --valid ${valid_dir} --drop_bad ${drop_bad} --nj ${nj}"
+for directory in ${test_dirs}; do
+    name=$(basename "${directory}")
+    case " train dev ${test_sets} " in
+        *" ${name} "*)
+            echo "error: --test_dirs has ${directory}, but there is already a set called" \
+                "'${name}'; rename the directory" >&2
+            exit 2
+            ;;
+    esac
+    test_sets="${test_sets:+${test_sets} }${name}"
+    data_opts+=" --test ${directory}"
+done
+
 recipe() {
-    ../../TEMPLATE/asr1/asr_llm.sh --test_sets "${test_sets% }" --nj "${nj}" --token_type char \
-        --drop_bad "${drop_bad}" "${options[@]}" "$@"
+    ../../TEMPLATE/asr1/asr_llm.sh --test_sets "${test_sets}" --nj "${nj}" --token_type char \
+        --drop_bad "${drop_bad}" --expdir "${expdir}" --datadir "${datadir}" "${options[@]}" "$@"
 }
-ft() { recipe --asr_tag ft --asr_config "${asr_config}" --ctc_init exp/asr_ctc "$@"; }
+ft() {
+    recipe --asr_tag ft --asr_config "${asr_config}" --ctc_init "${expdir}/asr_ctc" \
+        --skip_data_prep true "$@"
+}
 
-recipe --asr_tag ctc --asr_config "${ctc_config}" --local_data_opts "${data_opts}"
-ft --skip_data_prep true
+recipe --asr_tag ctc --asr_config "${ctc_config}" \
+    --local_data_opts "${data_opts} --datadir ${datadir}"
+ft
 if [ -n "${llm}" ]; then
-    lm=(--use_lm true --llm "${llm}" --lm_config "${lm_config}" --lm_tag llm)
-    recipe "${lm[@]}" --skip_data_prep true --skip_train true --skip_eval true
-    ft --skip_data_prep true --swap_llm exp/lm_llm/llm
+    recipe --skip_data_prep true --use_lm true --llm "${llm}" --lm_config "${lm_config}" --lm_tag llm
+    ft --skip_train true --swap_llm "${expdir}/lm_llm/llm" --tune_config "${tune_config}" \
+        --inference_tag decode_swap
 fi

@@ -6,6 +6,10 @@
 #   ./run.sh [--size mini|tiny] [--seed N] [--stage N] [--stop_stage N]     (stages: asr_llm.sh)
 set -euo pipefail
 cd "$(dirname "$0")"
+# shellcheck source-path=SCRIPTDIR
+. ../../TEMPLATE/asr1/path.sh
+# shellcheck source-path=SCRIPTDIR
+. ../../TEMPLATE/asr1/cmd.sh
 
 size=mini seed=0 stage=1 stop_stage=13
 while [ $# -gt 0 ]; do
@@ -17,20 +21,19 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 case ${size} in
-    mini) short="" ;;
-    tiny) short="--max_epoch 1" ;; # checks the machinery, learns little
+    mini) short="" nj=2 ;;
+    tiny) short="--max_epoch 1" nj=1 ;; # checks the machinery, learns little
     *) echo "error: --size is '${size}'; expected mini or tiny" >&2; exit 2 ;;
 esac
-exp=exp/${size}
+data=data/${size} exp=exp/${size} llm=exp/${size}/lm_llama_adapted
 export OMP_NUM_THREADS=1 # two systems at a time, one thread each: the fastest use of two cores
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 recipe() {
-    ../../TEMPLATE/asr1/asr_llm.sh --stage "${stage}" --stop_stage "${stop_stage}" --nj 2 \
-        --inference_nj 1 --nbpe 300 --expdir "${exp}" --dumpdir "dump/${size}" "$@"
+    ../../TEMPLATE/asr1/asr_llm.sh --stage "${stage}" --stop_stage "${stop_stage}" --nj "${nj}" \
+        --inference_nj 1 --nbpe 300 --datadir "${data}" --expdir "${exp}" --dumpdir "dump/${size}" "$@"
 }
 lm() {
-    recipe --skip_data_prep true --use_lm true --lm_train_text data/lm_train/text \
+    recipe --skip_data_prep true --use_lm true --lm_train_text "${data}/lm_train/text" \
         --lm_test_text "dump/${size}/raw/test/text" --lm_args "${short}" "$@"
 }
 asr() { # name, options
@@ -38,44 +41,51 @@ asr() { # name, options
         --asr_args "${short}" "${@:2}"
 }
 train() { asr "$@" --skip_eval true; }
-decode() { asr "$1" --skip_train true --inference_tag "$2" --tune_config conf/mini/tune.yaml "${@:3}"; }
+decode() { # name, tag, options
+    asr "$1" --skip_train true --inference_tag "$2" --tune_config conf/mini/tune.yaml \
+        --inference_config conf/mini/decode.yaml "${@:3}"
+}
 
 # Speech and a larger text-only set; pieces of the recognisers, and of the LLM.
-llm_tokens=(--token_listdir data/token_list_llm --nbpe 400 --bpe_train_text data/lm_train/text)
-recipe --skip_train true --local_data_opts "--size ${size} --seed ${seed} --nj 2"
+llm_tokens=(--token_listdir "${data}/token_list_llm" --nbpe 400
+    --bpe_train_text "${data}/lm_train/text")
+recipe --skip_train true --local_data_opts "--size ${size} --seed ${seed} --nj 2 --output_dir ${data}"
 recipe --skip_train true --stage 5 "${llm_tokens[@]}"
 
 # The LLM: a small LLaMA with its own tokenizer stands in for a downloaded one; then what a user
 # does with any LLM: adapt its vocabulary to the recognisers' pieces and fine-tune it.
-(
+llms() {
     lm --lm_tag llama --lm_config conf/mini/train_llama.yaml "${llm_tokens[@]}"
     lm --lm_tag llama_adapted --lm_config conf/mini/finetune_llama.yaml --llm "${exp}/lm_llama/llm"
-) &
-train ctc
-wait $!
-
-llm=${exp}/lm_llama_adapted
-(
+}
+factorized() {
     train ft_weak --ctc_init "${exp}/asr_ctc"
     train ft_llm --ctc_init "${exp}/asr_ctc" \
         --asr_args "${short} --decoder_conf predictor_conf.llm=${llm}/llm"
-) &
-train rnnt --ctc_init "${exp}/asr_ctc"
-wait $!
-
-(
+}
+rows_with_llm() {
+    decode ft_weak decode_swap --swap_llm "${llm}/llm"
+    decode ft_llm decode
+}
+other_rows() {
     decode ctc decode
     decode rnnt decode
-    decode rnnt decode_fusion --inference_lm "${llm}"
-) &
-decode ft_weak decode
-decode ft_weak decode_swap --swap_llm "${llm}/llm"
-decode ft_llm decode
-wait $!
+    decode rnnt decode_fusion --use_lm true --lm_exp "${llm}"
+    decode ft_weak decode
+}
+start_job llms
+train ctc
+wait "${job_pids[-1]}"
+start_job factorized
+train rnnt --ctc_init "${exp}/asr_ctc"
+wait "${job_pids[-1]}"
+start_job other_rows
+rows_with_llm
+wait "${job_pids[-1]}"
 
 if [ "${stop_stage}" -ge 13 ]; then
     results=$([ "${size}" = mini ] && echo RESULTS.md || echo "${exp}/RESULTS.md")
-    sed "s#exp/mini#${exp}#" conf/mini/results.yaml > "${exp}/results.yaml"
+    sed "s#exp/mini#${exp}#g" conf/mini/results.yaml > "${exp}/results.yaml"
     python3 -m espnet_llm_plugin.bin.results_table --config "${exp}/results.yaml" \
         --output "${results}" --plot "${exp}/wer.png"
 fi
