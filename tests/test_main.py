@@ -61,14 +61,25 @@ def test_mistakes_get_one_line(arguments, message):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_launch_passes_arguments_and_exit_code(tmp_path):
-    log = tmp_path / "log"
-    launch = ["-m", "espnet2.bin.launch", "--cmd", "sh -c", "--log", str(log), "--ngpu", "0"]
-    child = f'{sys.executable} -c "import sys; print(sys.argv[1:]); sys.exit(3)"'
-    result = run(*launch, "--", child)
-    assert result.returncode != 0  # launch reports a failed child as a failure of its own
-    good = run(*launch, "--", f'{sys.executable} -c "pass"')
-    assert good.returncode == 0, good.stderr
+RUN_PL = """#!/bin/sh
+# As Kaldi's run.pl: [--option value ...] LOG COMMAND ...
+while [ "${1#--}" != "$1" ]; do shift 2; done
+log=$1; shift
+"$@" > "$log" 2>&1
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_launch_passes_arguments_and_failure(tmp_path, code):
+    log, child = tmp_path / "log", tmp_path / "child.py"
+    child.write_text(f"import sys; print(sys.argv[1:3]); sys.exit({code})")
+    (tmp_path / "run.sh").write_text(RUN_PL)
+    result = run(
+        *["-m", "espnet2.bin.launch", "--cmd", f"sh {tmp_path}/run.sh", "--log", log],
+        *["--ngpu", "0", "--num_nodes", "1", "--", sys.executable, child, "--one", "two"],
+    )
+    assert (result.returncode != 0) == (code != 0), result.stderr
+    assert "['--one', 'two']" in log.read_text()
 
 
 def test_tokenize_text(tmp_path):

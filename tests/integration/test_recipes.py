@@ -156,14 +156,14 @@ def test_a_stopped_decoding_stops_its_jobs_and_continues(mini):
     """SIGTERM while a background job decodes: the job ends too, and its work is not lost."""
     arguments = ["--asr_tag", "ctc", "--asr_config", "conf/mini/train_ctc.yaml", "--stage", "12"]
     arguments += ["--inference_tag", "stopped", "--inference_nj", "1", "--stop_stage", "12"]
-    output = mini[0] / "exp/tiny/asr_ctc/stopped/dev/logdir/output.1"
+    output = mini[0] / "exp/tiny/asr_ctc/stopped/test/logdir/output.1"
     kill_when(lambda: any(output.glob(".partial*")), mini, arguments, signal.SIGTERM)
     time.sleep(1)
     processes = subprocess.run(["ps", "-e", "-o", "args"], capture_output=True, text=True).stdout
     assert str(output.relative_to(mini[0])) not in processes
     result = asr_llm(mini, *arguments)
     assert result.returncode == 0, result.stderr
-    assert len(keys_of(mini[0] / "exp/tiny/asr_ctc/stopped/dev/text")) == 20
+    assert len(keys_of(mini[0] / "exp/tiny/asr_ctc/stopped/test/text")) == 20
 
 
 def test_missing_stages_are_named(mini):

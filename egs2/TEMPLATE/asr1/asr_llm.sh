@@ -36,6 +36,7 @@ python=python3            # Python that has espnet_llm_plugin installed
 train_set=train           # Name of the training set
 valid_set=dev             # Name of the validation set
 test_sets="test"          # Names of the evaluation sets
+eval_valid_set=false      # Decode and score the validation set too
 local_data_opts=          # Options passed to local/data.sh
 speed_perturb_factors=    # Speed factors, e.g. "0.9 1.0 1.1"; empty: none
 audio_format=flac         # flac or wav
@@ -127,7 +128,7 @@ tool() {
     "${python}" -m "espnet_llm_plugin.bin.${name}" "$@"
 }
 
-for name in use_lm skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch; do
+for name in use_lm eval_valid_set skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch; do
     [ "${!name}" = true ] || [ "${!name}" = false ] ||
         die "--${name} is '${!name}'; expected true or false"
 done
@@ -528,6 +529,8 @@ if [ "${use_lm}" = true ]; then
     model_args+=" --lm_train_config ${lm_files% *} --lm_file ${lm_files#* }"
 fi
 decode_dir=${asr_exp}/${inference_tag}
+eval_sets=${test_sets}
+[ "${eval_valid_set}" = false ] || eval_sets="${valid_set} ${test_sets}"
 decode_mark() {
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
         "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" "${tune_config}" "$@"
@@ -555,7 +558,7 @@ if runs 12; then
         config_args="--config ${decode_dir}/tune/best.yaml"
     fi
     [ -z "${inference_config}" ] || config_args+=" --config ${inference_config}"
-    for name in $(echo "${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
+    for name in ${eval_sets}; do
         directory=${decode_dir}/${name}
         mark=$(decode_mark "$(audio_mark "${data_feats}/${name}")" "${inference_nj}")
         if is_done "${directory}/.done" "${mark}"; then
@@ -589,7 +592,7 @@ if runs 13; then
     log "stage 13: scoring"
     token_args="--token_list ${token_list}"
     [ "${bpemodel}" = none ] || token_args+=" --bpemodel ${bpemodel}"
-    for name in $(echo "${valid_set} ${test_sets}" | tr ' ' '\n' | awk '!seen[$0]++'); do
+    for name in ${eval_sets}; do
         [ -f "${decode_dir}/${name}/.done" ] || die "${decode_dir}/${name} is not decoded: run stage 12"
         # shellcheck disable=SC2086
         tool score --ref "${data_feats}/${name}/text" --hyp "${decode_dir}/${name}/text" \

@@ -43,7 +43,7 @@ asr() { # name, options
 train() { asr "$@" --skip_eval true; }
 decode() { # name, tag, options
     asr "$1" --skip_train true --inference_tag "$2" --tune_config conf/mini/tune.yaml \
-        --inference_config conf/mini/decode.yaml "${@:3}"
+        --inference_config conf/mini/decode.yaml --eval_valid_set true "${@:3}"
 }
 
 # Speech and a larger text-only set; pieces of the recognisers, and of the LLM.
