@@ -21,8 +21,9 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 case ${size} in
-    mini) short="" nj=2 ;;
-    tiny) short="--max_epoch 1" nj=1 ;; # checks the machinery, learns little
+    mini) short="" nj=2 tune=conf/mini/tune.yaml eval_dev=true ;;
+    # checks the machinery, learns little
+    tiny) short="--max_epoch 1" nj=1 tune=conf/mini/tune_tiny.yaml eval_dev=false ;;
     *) echo "error: --size is '${size}'; expected mini or tiny" >&2; exit 2 ;;
 esac
 data=data/${size} exp=exp/${size} llm=exp/${size}/lm_llama_adapted
@@ -42,8 +43,8 @@ asr() { # name, options
 }
 train() { asr "$@" --skip_eval true; }
 decode() { # name, tag, options
-    asr "$1" --skip_train true --inference_tag "$2" --tune_config conf/mini/tune.yaml \
-        --inference_config conf/mini/decode.yaml --eval_valid_set true "${@:3}"
+    asr "$1" --skip_train true --inference_tag "$2" --tune_config "${tune}" \
+        --inference_config conf/mini/decode.yaml --eval_valid_set "${eval_dev}" "${@:3}"
 }
 
 # Speech and a larger text-only set; pieces of the recognisers, and of the LLM.
@@ -85,7 +86,8 @@ wait "${job_pids[-1]}"
 
 if [ "${stop_stage}" -ge 13 ]; then
     results=$([ "${size}" = mini ] && echo RESULTS.md || echo "${exp}/RESULTS.md")
-    sed "s#exp/mini#${exp}#g" conf/mini/results.yaml > "${exp}/results.yaml"
+    sed -e "s#exp/mini#${exp}#g" -e "$("${eval_dev}" || echo '/^ *dev: /d')" conf/mini/results.yaml \
+        > "${exp}/results.yaml"
     python3 -m espnet_llm_plugin.bin.results_table --config "${exp}/results.yaml" \
         --output "${results}" --plot "${exp}/wer.png"
 fi
