@@ -63,7 +63,7 @@ def test_mini_ends_with_a_table_of_all_systems(mini):
     directory, printed = mini
     table = (directory / "exp/tiny/RESULTS.md").read_text()
     for system in SYSTEMS:
-        assert f"| {system} |" in table
+        assert f"|{system}|" in table
         assert system in printed
     assert (directory / "exp/tiny/wer.png").stat().st_size > 1000
 
