@@ -234,9 +234,14 @@ def test_help_lists_every_option_and_stage(recipes):
 
 def test_custom_data(mini, recipes):
     """Bring your own directories: here the tiny corpus, seen as somebody else's."""
-    source = mini[0] / "dump/tiny/raw"
+    source = recipes / "somebody"
     directory = recipes / "custom" / "asr1"
-    shutil.copytree(source / "test", source / "again", dirs_exist_ok=True)
+    for name, target in (("train", "train"), ("dev", "dev"), ("test", "test"), ("test", "again")):
+        shutil.copytree(mini[0] / "data/tiny" / name, source / target)
+        lines = (source / target / "wav.scp").read_text().splitlines()
+        # the recipe's own paths are relative to its directory
+        absolute = [f"{key} {mini[0] / path}\n" for key, path in map(str.split, lines)]
+        (source / target / "wav.scp").write_text("".join(absolute))
     (directory / "one_point.yaml").write_text("alphas: [1.0]\nbetas: [0.0]\nbeam_size: 2\n")
     result = run(
         [
