@@ -1,21 +1,20 @@
 """Work-arounds for the versions of ESPnet, transformers and torchaudio that we run on.
 
-The only file that patches or silences somebody else's code; each function says why it exists and
-has a test in ``tests/test_compat.py``.
+With :mod:`espnet_llm_plugin.compat_imports`, the only file that patches or silences somebody else's
+code; each function says why it exists and has a test in ``tests/test_compat.py``.
 """
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import os
 import sys
-import types
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Iterator
 
+from espnet_llm_plugin.compat_imports import cheap_imports
 from espnet_llm_plugin.errors import UserError
 
 SUPPORTED_ESPNET = ("202511",)
@@ -67,31 +66,9 @@ def quiet_imports() -> Iterator[None]:
 
 
 def import_quietly(module: str):
-    """Import ``module`` under :func:`quiet_imports` and without the English TTS front-end."""
-    defer_g2p()
-    with quiet_imports():
+    """Import ``module`` under :func:`quiet_imports` and :func:`compat_imports.cheap_imports`."""
+    with quiet_imports(), cheap_imports():
         return importlib.import_module(module)
-
-
-def defer_g2p() -> None:
-    """Let ``g2p_en`` be imported when a phonemiser is made, not whenever ESPnet is imported.
-
-    Every ESPnet task imports it, which costs 2.7 of 9.6 seconds and tries to download NLTK data,
-    with alarming messages when offline. Only ``--g2p g2p_en`` ever uses it.
-    """
-    spec = None if "g2p_en" in sys.modules else importlib.util.find_spec("g2p_en")
-    if spec is None:
-        return
-    stand_in = types.ModuleType("g2p_en")
-    stand_in.__spec__ = spec  # transformers asks whether the package is installed
-
-    def make_g2p():
-        if sys.modules.get("g2p_en") is stand_in:
-            del sys.modules["g2p_en"]
-        return importlib.import_module("g2p_en").G2p()
-
-    stand_in.G2p = make_g2p
-    sys.modules["g2p_en"] = stand_in
 
 
 def patch_espnet_trainer() -> None:
