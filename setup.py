@@ -28,6 +28,7 @@ setup(
         "sentencepiece==0.2.0",  # ESPnet's pin
         "kaldiio",
         "jiwer>=4,<5",
+        "rapidfuzz",
         "soundfile",
         "soxr",
         "tqdm",

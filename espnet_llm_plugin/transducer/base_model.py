@@ -14,6 +14,8 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.mwer import MWER
+from espnet_llm_plugin.transducer.nbest_scores import NBest, SequenceScores
 from espnet_llm_plugin.transducer.options import refuse_unknown
 
 # what ASRTask.build_model passes itself
@@ -49,9 +51,9 @@ class Lattice(NamedTuple):
 
 
 class AbsTransducerModel(ESPnetASRModel):
-    """An ESPnet model with a transducer loss, an auxiliary CTC loss and checks of its inputs.
+    """An ESPnet model with transducer, auxiliary CTC and MWER losses and checks of its inputs.
 
-    Subclasses implement :meth:`lattice_nll`.
+    Subclasses implement :meth:`lattice_nll` and :meth:`nbest_scores`.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class AbsTransducerModel(ESPnetASRModel):
         parts: Mapping[str, Any],
         ctc_weight: float,
         max_labels_per_frame: float,
+        mwer_weight: float,
+        mwer_conf: Optional[Mapping[str, Any]],
         unknown: Mapping[str, Any],
         name: str,
     ):
@@ -72,6 +76,9 @@ class AbsTransducerModel(ESPnetASRModel):
             raise UserError(
                 f"model_conf: max_labels_per_frame must be positive, got {max_labels_per_frame}"
             )
+        if mwer_weight < 0:
+            raise UserError(f"model_conf: mwer_weight must not be negative, got {mwer_weight}")
+        mwer = MWER(mwer_conf, token_list, max_labels_per_frame)
         super().__init__(
             vocab_size=vocab_size,
             token_list=list(token_list),
@@ -87,6 +94,8 @@ class AbsTransducerModel(ESPnetASRModel):
         self.use_transducer_decoder = True
         self.ctc_weight = ctc_weight
         self.max_labels_per_frame = max_labels_per_frame
+        self.mwer_weight = mwer_weight
+        self.mwer = mwer
         self.further_losses = ["ctc"] if ctc_weight else []
         self._reported_skips: set[str] = set()
         self._reported_size = False
@@ -98,6 +107,10 @@ class AbsTransducerModel(ESPnetASRModel):
         A further loss (B,) is named in ``further_losses``, weighted by the attribute
         ``<name>_weight`` and reported as ``loss_<name>``.
         """
+
+    @abstractmethod
+    def nbest_scores(self, batch: Lattice, nbest: NBest) -> SequenceScores:
+        """The transcripts' losses, as those of :meth:`lattice_nll`, and the hypotheses' scores."""
 
     def forward(
         self,
@@ -114,6 +127,9 @@ class AbsTransducerModel(ESPnetASRModel):
         those left; a batch of which nothing is left has a loss of zero and next to no weight, and
         so appears in no mean that ESPnet reports (not even in that of ``num_skipped``).
 
+        With ``mwer_weight`` the loss of training has the transducer loss times ``rnnt_weight`` of
+        ``mwer_conf``, and the MWER loss. Validation's is the same with and without.
+
         Args:
             speech: (B, samples, ...).
             speech_lengths: (B,).
@@ -124,6 +140,7 @@ class AbsTransducerModel(ESPnetASRModel):
         encoder_out, frame_lengths = self.encode_frames(speech, speech_lengths)
         keep = self._fits(frame_lengths, text_lengths, kwargs.get("utt_id"))
         kept = int(keep.sum())
+        with_nbest = self.mwer_weight > 0 if self.training else self.mwer.conf.valid_stats
         skipped = float(keep.numel() - kept)
         if kept == 0:
             # zero, with a gradient for every parameter: distributed training expects one of each
@@ -132,17 +149,32 @@ class AbsTransducerModel(ESPnetASRModel):
             # the same statistics as ever: distributed training sums them over processes by name
             names = ["loss_transducer", "nll_per_label", "num_skipped"]
             names += [f"loss_{name}" for name in self.further_losses]
+            names += ["loss_mwer", *MWER.STATS] if with_nbest else []
             stats = dict.fromkeys([*names, "loss"], 0.0) | {"num_skipped": skipped}
             return force_gatherable((loss, stats, _NO_WEIGHT), loss.device)
 
         batch = trim(encoder_out, frame_lengths, text, text_lengths, keep)
-        nll, further = self.lattice_nll(batch)
+        if with_nbest:
+            names = kwargs.get("utt_id")
+            if names is not None:
+                names = [name for name, kept_one in zip(names, keep.tolist()) if kept_one]
+            nbest = self.mwer.hypotheses(self, batch, names)
+            scores = self.nbest_scores(batch, nbest)
+            nll, further = scores.nll, scores.further
+            mwer, mwer_stats = self.mwer.loss(nbest, scores.hypotheses)
+        else:
+            nll, further = self.lattice_nll(batch)
         loss = nll.mean()
         stats = {
             "loss_transducer": loss.detach(),
             "nll_per_label": (nll.sum() / batch.text_lengths.sum().clamp(min=1)).detach(),
             "num_skipped": skipped,
         }
+        if with_nbest:
+            mwer = mwer.mean()
+            stats |= {"loss_mwer": mwer.detach(), **mwer_stats}
+            if self.training:
+                loss = self.mwer.conf.rnnt_weight * loss + self.mwer_weight * mwer
         if self.ctc_weight:
             further["ctc"] = self._ctc_nll(batch)
         for name in self.further_losses:

@@ -15,6 +15,12 @@ from espnet_llm_plugin.transducer.base_model import AbsTransducerModel, Lattice
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.joint import FactorizedJoint, ResidualJoint
 from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
+from espnet_llm_plugin.transducer.nbest_scores import (
+    NBest,
+    SequenceScores,
+    factorized_scores,
+    rnnt_scores,
+)
 
 
 class TransducerModel(AbsTransducerModel):
@@ -23,6 +29,8 @@ class TransducerModel(AbsTransducerModel):
     Args (``model_conf``):
         ctc_weight: weight of an auxiliary CTC loss on the encoder.
         max_labels_per_frame: utterances with more labels per encoder frame are skipped.
+        mwer_weight: weight of the MWER loss, with N-best lists from the beam search; 0: none.
+        mwer_conf: its options, those of :class:`~espnet_llm_plugin.transducer.mwer.MWERConf`.
         acoustic_residual: add acoustic logits ``joint_network.acoustic_output`` to the joint
             network, whose own output then starts at zero; copying a CTC model's output layer
             there makes training start at the CTC model's posteriors.
@@ -46,6 +54,8 @@ class TransducerModel(AbsTransducerModel):
         joint_network: Optional[torch.nn.Module],
         ctc_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
+        mwer_weight: float = 0.0,
+        mwer_conf: Optional[dict] = None,
         acoustic_residual: bool = False,
         **unknown: Any,
     ):
@@ -69,6 +79,8 @@ class TransducerModel(AbsTransducerModel):
             ),
             ctc_weight,
             max_labels_per_frame,
+            mwer_weight,
+            mwer_conf,
             unknown,
             "transducer",
         )
@@ -96,6 +108,10 @@ class TransducerModel(AbsTransducerModel):
         )
         return nll, {}
 
+    def nbest_scores(self, batch: Lattice, nbest: NBest) -> SequenceScores:
+        """See the base class; builds the (B, T, U+1, V) tensor of one sequence at a time."""
+        return rnnt_scores(self, batch, nbest)
+
 
 class FactorizedTransducerModel(AbsTransducerModel):
     """Factorized transducer, trained with the exact low-memory loss.
@@ -105,6 +121,8 @@ class FactorizedTransducerModel(AbsTransducerModel):
         ilm_weight: weight of the predictor's cross-entropy on the transcripts, -log P_ilm
             [MHAT uses 0.1]; needs a trainable predictor.
         max_labels_per_frame: utterances with more labels per encoder frame are skipped.
+        mwer_weight: weight of the MWER loss, with N-best lists from the beam search; 0: none.
+        mwer_conf: its options, those of :class:`~espnet_llm_plugin.transducer.mwer.MWERConf`.
 
     Statistics: ``loss`` = ``loss_transducer`` + ilm_weight * ``loss_ilm`` + ctc_weight *
     ``loss_ctc`` (nats per utterance), ``nll_per_label`` (nats per label), ``num_skipped``.
@@ -126,6 +144,8 @@ class FactorizedTransducerModel(AbsTransducerModel):
         ctc_weight: float = 0.0,
         ilm_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
+        mwer_weight: float = 0.0,
+        mwer_conf: Optional[dict] = None,
         **unknown: Any,
     ):
         if not isinstance(decoder, FactorizedTransducerDecoder):
@@ -148,6 +168,8 @@ class FactorizedTransducerModel(AbsTransducerModel):
             ),
             ctc_weight,
             max_labels_per_frame,
+            mwer_weight,
+            mwer_conf,
             unknown,
             "factorized_transducer",
         )
@@ -170,12 +192,8 @@ class FactorizedTransducerModel(AbsTransducerModel):
 
     def lattice_nll(self, batch: Lattice) -> tuple[Tensor, dict[str, Tensor]]:
         """-log P(text | speech) (B,); also the predictor's -log P(text) if it is trained."""
+        self._check_text(batch.text)
         labels = batch.text - 1
-        if ((labels < 0) | (labels >= self.decoder.num_labels)).any():
-            raise UserError(
-                "a transcript contains <blank> or <sos/eos> as a token; token ids must be in "
-                f"1..{self.decoder.num_labels}"
-            )
         frames = batch.encoder_out.shape[1]
         shape = (len(labels), frames, self.vocab_size)
         self._report_size("acoustic logits B x T x V =", shape, 4)
@@ -196,3 +214,16 @@ class FactorizedTransducerModel(AbsTransducerModel):
         log_probs = factors.lm_log_probs[:, :-1].gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         inside = torch.arange(labels.shape[1], device=labels.device) < batch.text_lengths[:, None]
         return nll, {"ilm": -log_probs.masked_fill(~inside, 0.0).sum(dim=1)}
+
+    def nbest_scores(self, batch: Lattice, nbest: NBest) -> SequenceScores:
+        """See the base class; the hypotheses have the scores of decoding."""
+        self._check_text(batch.text)
+        scores = factorized_scores(self.decoder, batch, nbest)
+        return scores if self.ilm_weight else scores._replace(further={})
+
+    def _check_text(self, text: Tensor) -> None:
+        if ((text < 1) | (text > self.decoder.num_labels)).any():
+            raise UserError(
+                "a transcript contains <blank> or <sos/eos> as a token; token ids must be in "
+                f"1..{self.decoder.num_labels}"
+            )

@@ -446,10 +446,11 @@ def test_token_list_of_another_llm(tmp_path):
 
 
 def test_unknown_and_wrong_model_options(llm):
-    valid = "valid options: ctc_weight, max_labels_per_frame, acoustic_residual$"
+    common = "max_labels_per_frame, mwer_weight, mwer_conf"
+    valid = f"valid options: ctc_weight, {common}, acoustic_residual$"
     with pytest.raises(UserError, match=f"model_conf of 'transducer': .* 'lsm_weight'; {valid}"):
         rnnt(lsm_weight=0.1)
-    valid = "valid options: ctc_weight, ilm_weight, max_labels_per_frame$"
+    valid = f"valid options: ctc_weight, ilm_weight, {common}$"
     with pytest.raises(UserError, match=f"of 'factorized_transducer': .* 'ilm'; {valid}"):
         factorized(model_conf={"ilm": 0.1})
     for conf, message in (
