@@ -12,7 +12,8 @@ import jiwer
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.transducer.beam import Hypothesis, Scales, SearchState
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.search_state import SearchState
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree

@@ -13,16 +13,10 @@ from typing import TYPE_CHECKING, Optional, Sequence
 import numpy as np
 import torch
 
-from espnet_llm_plugin.transducer.beam import (
-    Beam,
-    Hypothesis,
-    ScaledScores,
-    Scales,
-    SearchState,
-    best_extensions,
-    check_scores,
-)
+from espnet_llm_plugin.transducer.beam import Beam, Extensions, check_scores, kth_best
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
+from espnet_llm_plugin.transducer.search_state import RowScales, SearchState
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
@@ -112,14 +106,10 @@ class CTCSearch:
     def start(self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None) -> SearchState:
         """State before the first frame, for G settings; ``tree``: of an earlier search."""
         if tree is None:
-            tree = PrefixTree(
-                None,
-                num_labels=self.num_labels,
-                external_lm=self.external_lm,
-                max_prefixes=self.max_prefixes,
-            )
-        state = SearchState(tree, tuple(scales), Beam.start(len(scales)))
+            tree = PrefixTree(None, self.num_labels, self.external_lm, self.max_prefixes)
+        state = SearchState.start(tree, scales, utterances=1)
         beam = state.beam
+        beam.blank = np.full_like(beam.score, np.nan)  # not followed
         nothing = np.full_like(beam.score, -np.inf)
         # Before the first frame is as after a blank.
         state.extra = (
@@ -132,13 +122,13 @@ class CTCSearch:
     def step(self, state: SearchState, encoder_out: torch.Tensor) -> SearchState:
         """Search the next chunk (T, D); chunks one after another equal all frames at once."""
         log_probs = self.ctc.log_softmax(encoder_out[None])[0].float()
-        state = SearchState(**vars(state))
-        scaled = ScaledScores(state.scales)
-        plain = not (scaled.uses_external or scaled.uses_bonus)
+        state = state.copy()
+        scaled = RowScales(state.scales, utterances=1)
+        plain = all(scales == Scales() for scales in state.scales)
         for row in log_probs:
             labels = row[1:-1]
             blank, best = float(row[0]), float(labels.max())
-            check_scores(np.array([blank, best]), state.frame)
+            check_scores(np.array([[blank, best]]), state.frame)
             if self.beam_size == 1 and plain:
                 self._greedy_frame(state, blank, labels)
             else:
@@ -148,7 +138,7 @@ class CTCSearch:
         return state
 
     def _frame(
-        self, state: SearchState, blank: float, labels: torch.Tensor, scaled: ScaledScores
+        self, state: SearchState, blank: float, labels: torch.Tensor, scaled: RowScales
     ) -> None:
         tree, node = state.tree, state.beam.node
         in_blank, in_label = state.extra
@@ -156,7 +146,7 @@ class CTCSearch:
         last = tree.label[node]
         # 1. No new label: a blank, or the last label repeated (there is none in the empty prefix).
         row = labels.double().cpu().numpy()
-        stay_blank = either.plus(blank)
+        stay_blank = either.plus(blank * scaled.blank_scale[:, None])
         stay_label = in_label.plus(np.where(node > ROOT, row[np.maximum(last, 0)], -np.inf))
         # 2. What a new label adds (G, N, L).
         gain = self._gain(tree, node, labels, scaled)
@@ -178,21 +168,18 @@ class CTCSearch:
         # 3. Labels that lead to another live prefix: its probability grows.
         pairs = state.live_pairs()
         if len(pairs):
-            g, child = pairs.setting, pairs.child
+            g, child = pairs.row, pairs.child
             into = emitted(g, pairs.parent, pairs.label)
             candidates[as_index(g, pairs.parent, pairs.label)] = -torch.inf
             stay_label.score[g, child] = np.logaddexp(stay_label.score[g, child], into.score)
             better = into.viterbi > stay_label.viterbi[g, child]
             g, child = g[better], child[better]
             stay_label.viterbi[g, child] = into.viterbi[better]
-            stay_label.path[g, child] = state.emit(into.path[better], state.frame)
+            stay_label.path[g, child] = self._emit(state, into.path[better])
         # 4. The best new prefixes that stand up to the old ones; only for these the LM runs.
         found = best_extensions(either.score, candidates, self.beam_size)
         pool = np.concatenate([np.logaddexp(stay_blank.score, stay_label.score), found.score], 1)
-        cut = -np.inf
-        if pool.shape[1] > self.beam_size:
-            kth = pool.shape[1] - self.beam_size
-            cut = np.partition(pool, kth, axis=1)[:, kth, None]
+        cut = kth_best(pool, self.beam_size)[:, None]
         survive = (found.score >= cut) & (found.score > -np.inf)
         if survive.any():
             g, _ = np.nonzero(survive)
@@ -202,25 +189,26 @@ class CTCSearch:
             into = emitted(g, place, label)
             parents = node[g, place]
             node = pad(node, grow, -1)
-            node[g, column] = tree.children(parents.tolist(), label.tolist(), [0.0] * len(label))
+            node[g, column] = tree.children(parents, label)
             stay_blank, stay_label = stay_blank.pad(grow), stay_label.pad(grow)
             stay_label.score[g, column] = into.score
             stay_label.viterbi[g, column] = into.viterbi
-            stay_label.path[g, column] = state.emit(into.path, state.frame)
+            stay_label.path[g, column] = self._emit(state, into.path)
         self._keep_best(state, node, stay_blank, stay_label)
 
     def _gain(
-        self, tree: PrefixTree, node: np.ndarray, labels: torch.Tensor, scaled: ScaledScores
+        self, tree: PrefixTree, node: np.ndarray, labels: torch.Tensor, scaled: RowScales
     ) -> torch.Tensor:
         """Log-prob, LM score and bonus of each label (L) after each hypothesis: (G, N, L)."""
-        if scaled.num_settings == 1:
-            nodes, index = node[0], np.arange(node.shape[1])
-        else:
-            nodes, index = np.unique(np.maximum(node, ROOT), return_inverse=True)
-        external = tree.external_rows(nodes) if scaled.uses_external else None
-        index = torch.from_numpy(index.reshape(node.shape))
-        rows = labels.expand(len(nodes), -1)
-        return scaled.total(rows, None, external, np.arange(len(node)), index)
+        rows = labels.expand(node.size, -1).clone()
+        settings = np.repeat(np.arange(len(node)), node.shape[1])
+        # Empty places have scores of -inf, so it does not matter what they are taken for.
+        nodes = np.maximum(node, ROOT).ravel()
+        return scaled.totals(rows, settings, nodes, tree).view(*node.shape, -1)
+
+    @staticmethod
+    def _emit(state: SearchState, path: np.ndarray) -> np.ndarray:
+        return state.emissions.add(path, np.full(len(path), state.frame[0]))
 
     def _keep_best(
         self, state: SearchState, node: np.ndarray, in_blank: Endings, in_label: Endings
@@ -228,7 +216,9 @@ class CTCSearch:
         both = in_blank.join(in_label)
         order = np.argsort(-both.score, axis=1, kind="stable")
         order = order[:, : min(self.beam_size, int((node >= 0).sum(axis=1).max()))]
-        state.beam = Beam(node, both.score, both.viterbi, both.path).take(order)
+        state.beam = Beam(
+            node, both.score, both.viterbi, np.full_like(both.score, np.nan), both.path
+        ).take(order)
         state.extra = (in_blank.take(order), in_label.take(order))
 
     def _greedy_frame(self, state: SearchState, blank: float, labels: torch.Tensor) -> None:
@@ -238,13 +228,27 @@ class CTCSearch:
         before = state.extra if isinstance(state.extra, int) else None
         if blank >= score:
             best, score = None, blank
-        beam = state.beam.plus(np.full_like(state.beam.score, score))
+        beam = state.beam.plus_blank(np.full_like(state.beam.score, score))
         if best is not None and best != before:
-            parents = beam.node[:, 0].tolist()
-            nodes = state.tree.children(parents, [best] * len(parents), [0.0] * len(parents))
-            beam.node[:, 0] = nodes
-            beam.path[:, 0] = state.emit(beam.path[:, 0], state.frame)
+            parents = beam.node[:, 0]
+            beam.node[:, 0] = state.tree.children(parents, np.full_like(parents, best))
+            beam.path[:, 0] = self._emit(state, beam.path[:, 0])
         state.beam, state.extra = beam, best
+
+
+def best_extensions(score: np.ndarray, labels: torch.Tensor, size: int) -> Extensions:
+    """The ``size`` best sums of a hypothesis' score (G, N) and a label's (G, N, L), best first."""
+    num_labels = labels.size(2)
+    # Totals of long utterances are large: compare in float32 relative to the best.
+    best = score.max(axis=1, keepdims=True)
+    best[best == -np.inf] = 0.0
+    relative = torch.from_numpy(score - best).to(labels)
+    both = (labels + relative[:, :, None]).flatten(1)
+    index = both.topk(min(size, both.size(1)), dim=1).indices
+    added = labels.flatten(1).gather(1, index).double().cpu().numpy()
+    place, label = np.divmod(index.cpu().numpy(), num_labels)
+    settings = np.arange(len(score))[:, None]
+    return Extensions(score[settings, place] + added, added, place, label)
 
 
 def as_index(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:

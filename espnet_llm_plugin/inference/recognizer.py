@@ -14,8 +14,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
 from espnet_llm_plugin.inference.ctc import CTCSearch
 from espnet_llm_plugin.inference.loading import LoadedASR
-from espnet_llm_plugin.transducer.beam import Hypothesis, Scales
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
 

@@ -39,7 +39,7 @@ from espnet_llm_plugin.inference.recognizer import (
     is_factorized,
 )
 from espnet_llm_plugin.inference.utterances import Utterances, read_keys
-from espnet_llm_plugin.transducer.beam import Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales
 
 
 def tune(args: argparse.Namespace) -> Point:

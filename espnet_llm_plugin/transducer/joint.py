@@ -4,7 +4,7 @@ B utterances, T frames, U labels, N prefixes, L labels, V = L + 2 tokens, D enco
 J joiner width. ``...`` are any broadcastable leading dimensions.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ def check_blank_norm(blank_norm: str) -> None:
 
 
 def posterior(
-    acoustic: Tensor, lm: Tensor, blank_logit: Tensor, alpha: float, blank_norm: str
+    acoustic: Tensor,
+    lm: Tensor,
+    blank_logit: Tensor,
+    alpha: Union[float, Tensor],
+    blank_norm: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-posteriors of blank and labels.
 
@@ -35,12 +39,14 @@ def posterior(
         acoustic: a (..., L), unnormalised.
         lm: l (..., L), log-probabilities.
         blank_logit: z (...).
+        alpha: scale of the LM; a tensor (..., 1) needs a finite l.
 
     Returns:
         log P(blank) (...), log P(label) (..., L).
     """
     # alpha = 0 must not look at l at all: 0 times a masked label's -inf is NaN
-    logits = acoustic + alpha * lm if alpha else torch.broadcast_tensors(acoustic, lm)[0]
+    scaled = isinstance(alpha, Tensor) or alpha
+    logits = acoustic + alpha * lm if scaled else torch.broadcast_tensors(acoustic, lm)[0]
     if blank_norm == "softmax":
         both = torch.cat([blank_logit.unsqueeze(-1), logits], dim=-1).log_softmax(dim=-1)
         return both[..., 0], both[..., 1:]

@@ -1,137 +1,209 @@
-"""Label prefixes of one utterance: what the predictor and the language model know, once each.
+"""Label prefixes of a search: what the predictor and the language models know, once each.
 
-N prefixes, L labels. Node 0 is the empty prefix; a node's number is its row everywhere.
+M prefixes, L labels. Node 0 is the empty prefix; a node's number is its row everywhere.
 """
 
-from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Optional
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
-    from espnet_llm_plugin.transducer.scorer import TransducerScorer
+    from espnet_llm_plugin.transducer.scorer import PrefixPool
 
 ROOT = 0
+
+
+class RowStore:
+    """Tensors with a row per node, which grow by doubling."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """All rows, also unused ones."""
+        return self._rows[name]
+
+    def put(self, name: str, nodes: torch.Tensor, values: torch.Tensor) -> None:
+        """Set the rows of nodes (M) to values (M, ...)."""
+        rows = self._rows.get(name)
+        needed = int(nodes.max()) + 1 if len(nodes) else 0
+        if rows is None or rows.size(0) < needed:
+            size = max(64, 2 * (0 if rows is None else rows.size(0)), needed)
+            grown = values.new_zeros(size, *values.shape[1:])
+            if rows is not None:
+                grown[: rows.size(0)] = rows
+            rows = self._rows[name] = grown
+        rows[nodes.to(rows.device)] = values
 
 
 class PrefixTree:
     """Trie of label prefixes with the predictor's data and the external LM's row of each.
 
-    Both networks run in :meth:`children` only: one batch for the prefixes that are new, never
-    again for a prefix that is known. Nothing here depends on a frame or on a scale, so a tree can
-    be kept for further searches over the same utterance with other scales.
+    A network runs for a prefix when its scores are first asked for (:meth:`need_predictor`,
+    :meth:`need_external`), one batch for all prefixes asked for together, and never again. Nothing
+    here depends on an utterance, a frame or a scale: the utterances of a batch share one tree, and
+    a tree can be kept for further searches.
 
     Args:
-        scorer: Supplies the opaque prefix data (``root``, ``extend``). ``None``: no predictor
+        pool: The predictor's data, from ``TransducerScorer.prefixes()``. ``None``: no predictor
             (CTC).
-        num_labels: L; needed where there is no scorer.
+        num_labels: L.
         external_lm: Language model whose rows (L,) are kept beside the predictor's data.
         max_prefixes: :meth:`release` frees what no live hypothesis reaches once there are more
             prefixes than this. ``None`` keeps everything. A freed prefix that comes back is
             computed again.
+
+    Attributes:
+        parent: Node before the last label (-1: none).
+        label: Last label (-1: none).
+        num_created: Prefixes explored so far, those freed since included.
+        num_predictor: Prefixes that the predictor ran for.
+        num_external: Prefixes that the external LM ran for.
     """
 
     def __init__(
         self,
-        scorer: Optional["TransducerScorer"],
-        num_labels: Optional[int] = None,
+        pool: Optional["PrefixPool"],
+        num_labels: int,
         external_lm: Optional["ExternalLM"] = None,
         max_prefixes: Optional[int] = None,
     ):
-        self.scorer = scorer
-        self.num_labels = scorer.num_labels if scorer is not None else num_labels
+        self.pool = pool
+        self.num_labels = num_labels
         self.external_lm = external_lm
         self.max_prefixes = max_prefixes
+        self.num_created = self.num_predictor = self.num_external = 0
         self._child: dict[int, int] = {}
         self._free: list[int] = []
-        self._data: list[Any] = [scorer.root() if scorer is not None else None]
-        self._states: list[Any] = [None]
+        self._size = 1
+        self._release_above = max_prefixes
         self.parent = np.full(64, -1, dtype=np.int64)
         self.label = np.full(64, -1, dtype=np.int64)
-        # Sums of log-probs along the prefix, without scales: predictor's LM and external LM.
-        self.lm_sum = np.zeros(64)
-        self.external_sum = np.zeros(64)
-        self._rows: Optional[torch.Tensor] = None
-        if external_lm is not None:
-            row, state = external_lm.start()
-            self._rows = row.new_zeros(64, row.numel())
-            self._rows[ROOT] = row
-            self._states[ROOT] = state
+        self._depth = np.zeros(64, dtype=np.int64)
+        self._predicted = np.zeros(64, dtype=bool)
+        self._scored = np.zeros(64, dtype=bool)  # by the external LM
+        self._predicted[ROOT] = True
+        self._rows = RowStore()
+        self._states: dict[int, Any] = {}  # the external LM's
 
     def __len__(self) -> int:
-        return len(self._data) - len(self._free)
+        return self._size - len(self._free)
 
-    def children(
-        self, parents: Sequence[int], labels: Sequence[int], lm_scores: Sequence[float]
-    ) -> list[int]:
-        """Node of each (parent, label); the new ones are computed together.
-
-        Args:
-            parents: Node numbers (N).
-            labels: Labels in [0, L) (N).
-            lm_scores: Predictor's LM log-prob of each label after its parent (N); kept for new
-                nodes.
-        """
-        nodes, new_parents, new_labels, new_nodes = [], [], [], []
-        for parent, label, lm_score in zip(parents, labels, lm_scores):
+    def children(self, parents: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Node of each (parent, label), all (M); new ones are made."""
+        nodes = np.empty(len(parents), dtype=np.int64)
+        for i, (parent, label) in enumerate(zip(parents.tolist(), labels.tolist())):
             key = parent * self.num_labels + label
             node = self._child.get(key)
             if node is None:
-                node = self._free.pop() if self._free else len(self._data)
-                if node == len(self._data):
-                    self._data.append(None)
-                    self._states.append(None)
-                    self._grow(node)
-                self._child[key] = node
+                node = self._child[key] = self._new()
                 self.parent[node], self.label[node] = parent, label
-                self.lm_sum[node] = self.lm_sum[parent] + lm_score
-                new_parents.append(parent)
-                new_labels.append(label)
-                new_nodes.append(node)
-            nodes.append(node)
-        if new_nodes:
-            self._compute(new_nodes, new_parents, new_labels)
+                self._depth[node] = self._depth[parent] + 1
+                self._predicted[node] = self._scored[node] = False
+                self.num_created += 1
+            nodes[i] = node
         return nodes
 
-    def _compute(self, nodes: list[int], parents: list[int], labels: list[int]) -> None:
-        if self.scorer is not None:
-            extended = self.scorer.extend([self._data[p] for p in parents], labels)
-            for node, data in zip(nodes, extended):
-                self._data[node] = data
-        if self.external_lm is not None:
-            scores = self._rows[torch.tensor(parents), torch.tensor(labels)].double()
-            self.external_sum[nodes] = self.external_sum[parents] + scores.cpu().numpy()
-            rows, states = self.external_lm.extend(labels, [self._states[p] for p in parents])
-            self._rows[torch.tensor(nodes)] = rows
-            for node, state in zip(nodes, states):
-                self._states[node] = state
+    def _new(self) -> int:
+        if self._free:
+            return self._free.pop()
+        node = self._size
+        self._size += 1
+        if node == len(self.parent):
+            for name in ("parent", "label", "_depth", "_predicted", "_scored"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        return node
 
-    def _grow(self, node: int) -> None:
-        size = len(self.parent)
-        if node < size:
+    def need_predictor(self, nodes: np.ndarray, together: Optional[np.ndarray] = None) -> None:
+        """Let the predictor run for the nodes (M) that it has not seen yet.
+
+        Args:
+            together: If it must run, let it run for these too (any number).
+        """
+        for batch in self._missing(nodes, together, self._predicted):
+            self.pool.compute(batch, self.parent[batch], self.label[batch])
+            self._predicted[batch] = True
+            self.num_predictor += len(batch)
+
+    def need_external(self, nodes: np.ndarray, together: Optional[np.ndarray] = None) -> None:
+        """The same for the external LM."""
+        for batch in self._missing(nodes, together, self._scored):
+            if batch[0] == ROOT:
+                row, state = self.external_lm.start()
+                rows, states = row[None], [state]
+            else:
+                before = [self._states[p] for p in self.parent[batch].tolist()]
+                rows, states = self.external_lm.extend(self.label[batch].tolist(), before)
+            self._rows.put("external", torch.from_numpy(batch), rows)
+            self._states.update(zip(batch.tolist(), states))
+            self._scored[batch] = True
+            self.num_external += len(batch)
+
+    def _missing(
+        self, nodes: np.ndarray, together: Optional[np.ndarray], done: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """Batches of nodes without a result, those before them included; each needs the last."""
+        if done[nodes].all():
             return
-        for name in ("parent", "label", "lm_sum", "external_sum"):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
-        if self._rows is not None:
-            self._rows = torch.cat([self._rows, torch.zeros_like(self._rows)])
-
-    def data(self, nodes: Iterable[int]) -> list[Any]:
-        """The scorer's opaque data of some nodes."""
-        return [self._data[node] for node in nodes]
+        asked = nodes if together is None else np.concatenate([nodes, together])
+        wanted = set(asked[~done[asked]].tolist())
+        for node in list(wanted):
+            while node != ROOT and not done[self.parent[node]]:
+                node = int(self.parent[node])
+                wanted.add(node)
+        left = np.array(sorted(wanted))
+        if left[0] == ROOT:
+            yield left[:1]
+            left = left[1:]
+        while len(left):
+            # Their lengths differ, but what comes before each is known.
+            ready = done[self.parent[left]]
+            yield left[ready]
+            left = left[~ready]
 
     def external_rows(self, nodes: np.ndarray) -> torch.Tensor:
-        """External LM log-probs of every label after some nodes: (N, L)."""
-        return self._rows[torch.from_numpy(nodes)]
+        """External LM log-probs of every label after nodes (M): (M, L)."""
+        self.need_external(nodes)
+        rows = self._rows["external"]
+        return rows[torch.from_numpy(nodes).to(rows.device)]
+
+    def path(self, node: int) -> list[int]:
+        """The prefixes of a node that are not empty, shortest first, itself last."""
+        nodes = []
+        while node != ROOT:
+            nodes.append(node)
+            node = int(self.parent[node])
+        return nodes[::-1]
+
+    def depth(self, nodes: np.ndarray) -> np.ndarray:
+        """Number of labels of nodes (any shape)."""
+        return self._depth[nodes]
 
     def labels_of(self, node: int) -> list[int]:
         """The labels of a prefix, first to last."""
-        labels = []
-        while node != ROOT:
-            labels.append(int(self.label[node]))
-            node = int(self.parent[node])
-        return labels[::-1]
+        return self.label[self.path(node)].tolist() if node != ROOT else []
+
+    def lm_sum(self, node: int) -> float:
+        """Predictor's LM log-prob of a prefix."""
+        if node == ROOT:
+            return 0.0
+        path = self.path(node)
+        before = self.parent[path]
+        self.need_predictor(before)
+        return float(self.pool.lm(before)[self._at(path)].double().sum())
+
+    def external_sum(self, node: int) -> float:
+        """External LM log-prob of a prefix."""
+        if node == ROOT:
+            return 0.0
+        path = self.path(node)
+        return float(self.external_rows(self.parent[path])[self._at(path)].double().sum())
+
+    def _at(self, path: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(len(path)), torch.from_numpy(self.label[path])
 
     def release(self, live: np.ndarray) -> None:
         """Free the prefixes that are neither live nor the beginning of a live one.
@@ -141,15 +213,19 @@ class PrefixTree:
         Args:
             live: Nodes, any shape; -1 stands for none.
         """
-        if self.max_prefixes is None or len(self) <= self.max_prefixes:
+        if self.max_prefixes is None or len(self) <= self._release_above:
             return
         keep = {ROOT}
-        for node in live[live >= 0].tolist():
+        for node in np.unique(live[live >= 0]).tolist():
             while node not in keep:
                 keep.add(node)
                 node = int(self.parent[node])
-        for key, node in list(self._child.items()):
-            if node not in keep:
-                del self._child[key]
-                self._data[node] = self._states[node] = None
-                self._free.append(node)
+        freed = [node for node in self._child.values() if node not in keep]
+        self._child = {key: node for key, node in self._child.items() if node in keep}
+        self._free += freed
+        for node in freed:
+            self._states.pop(node, None)
+        if self.pool is not None:
+            self.pool.free(freed)
+        # If most is alive, looking again after every frame would find little.
+        self._release_above = max(self.max_prefixes, len(self) + len(self) // 10)

@@ -1,15 +1,16 @@
-"""Time-synchronous beam search for transducers, prefixes merged, one predictor call per prefix.
+"""Batched time-synchronous beam search for transducers: RNN-T and factorized.
 
-G scale settings searched side by side (1 when decoding, many when tuning), N hypotheses of a
-setting (at most the beam size), M distinct prefixes among the settings, L labels, T frames,
+B utterances, G scale settings of each (1 when decoding, many when tuning), R = B G rows,
+N hypotheses of a row (at most the beam size), E live hypotheses of all rows, L labels, T frames,
 D encoder size, S labels a frame at most.
 
-Score of a label: ``log P(label) + beta * lm + lm_weight * external_lm + label_bonus`` where
-``log P(label)`` already contains ``alpha``; of a blank: ``log P(blank)``. Hypotheses with one label
-sequence are one hypothesis, whose score is the log of the sum over its alignments.
+Hypotheses with one label sequence are one hypothesis, whose score is the log of the sum over its
+alignments. What costs most is done least: the blank is scored for every hypothesis and frame, the
+labels only where one of them can still enter the beam, the networks only for prefixes whose labels
+are scored, once each and in one batch.
 """
 
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import numpy as np
 import torch
@@ -17,29 +18,34 @@ import torch
 from espnet_llm_plugin.transducer.beam import (
     Beam,
     Extensions,
-    Hypothesis,
-    PrefixRows,
-    ScaledScores,
-    Scales,
-    SearchState,
-    best_extensions,
+    LivePairs,
     check_scores,
-    extend_beam,
+    kth_best,
 )
-from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
+from espnet_llm_plugin.transducer.greedy import greedy_step
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
+from espnet_llm_plugin.transducer.search_state import RowScales, SearchState
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
     from espnet_llm_plugin.transducer.scorer import TransducerScorer
 
+# An alignment this much less probable (natural log) than another changes no digit of their sum.
+NEGLIGIBLE = 30.0
+
 
 class TransducerSearch:
-    """Beam search over the encoder frames of one utterance at a time.
+    """Beam search over the encoder frames of a batch of utterances.
 
     In a frame every hypothesis may end the frame by a blank, or emit a label and go on in the same
     frame, S labels at most. An extended hypothesis survives if it is among the ``beam_size`` best
-    of (hypotheses that have ended the frame, extended ones); only then is the predictor run for
-    it. With ``beam_size`` 1 a label that beats the blank replaces it, which is greedy search.
+    of (hypotheses that have ended the frame, extended ones). With ``beam_size`` 1 a label that
+    beats the blank replaces it: greedy search, in which utterances advance by themselves from
+    label to label (label looping).
+
+    The predictor's and the external LM's memory: one row of L numbers for each prefix that a live
+    hypothesis reaches, and for at most ``max_prefixes`` in all otherwise.
 
     Args:
         scorer: ``FactorizedScorer``, ``RNNTScorer`` or another ``TransducerScorer``.
@@ -74,129 +80,310 @@ class TransducerSearch:
         nbest: int = 1,
         normalize_length: bool = False,
     ) -> list[Hypothesis]:
-        """Search a whole utterance (T, D): at most ``nbest`` hypotheses, best first."""
-        state = self.start([scales or Scales()])
-        return self.step(state, encoder_out).nbest(nbest, normalize_length)[0]
+        """Search one utterance (T, D): at most ``nbest`` hypotheses, best first."""
+        lengths = torch.tensor([encoder_out.size(0)])
+        return self.batch(encoder_out[None], lengths, scales, nbest, normalize_length)[0]
+
+    def batch(
+        self,
+        encoder_out: torch.Tensor,
+        lengths: torch.Tensor,
+        scales: Optional[Scales] = None,
+        nbest: int = 1,
+        normalize_length: bool = False,
+    ) -> list[list[Hypothesis]]:
+        """Search utterances (B, T, D) with ``lengths`` (B,) frames: an n-best list of each."""
+        state = self.start([scales or Scales()], utterances=len(encoder_out))
+        return self.step(state, encoder_out, lengths).nbest(nbest, normalize_length)
 
     @torch.inference_mode()
-    def start(self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None) -> SearchState:
+    def start(
+        self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None, utterances: int = 1
+    ) -> SearchState:
         """State before the first frame.
 
         Args:
             scales: G settings, searched side by side with common prefixes.
-            tree: Prefixes of an earlier search of the same utterance, to be reused.
+            tree: Prefixes of an earlier search with the same networks, to be reused.
+            utterances: B.
         """
         if tree is None:
             tree = PrefixTree(
-                self.scorer, external_lm=self.external_lm, max_prefixes=self.max_prefixes
+                self.scorer.prefixes(), self.scorer.num_labels, self.external_lm, self.max_prefixes
             )
-        return SearchState(tree, tuple(scales), Beam.start(len(scales)))
+        return SearchState.start(tree, scales, utterances)
 
     @torch.inference_mode()
-    def step(self, state: SearchState, encoder_out: torch.Tensor) -> SearchState:
-        """Search the next chunk (T, D); chunks one after another equal all frames at once."""
-        self.scorer.begin(encoder_out)
-        scaled = ScaledScores(state.scales, self.forbidden_labels)
-        alphas = [s.alpha for s in state.scales]
-        groups = [
-            (a, np.array([g for g, b in enumerate(alphas) if b == a])) for a in sorted_set(alphas)
-        ]
-        state = SearchState(**vars(state))
-        for t in range(encoder_out.size(0)):
-            state.beam = self._frame(t, state, scaled, groups)
-            state.frame += 1
-            state.tree.release(state.beam.node)
+    def step(
+        self,
+        state: SearchState,
+        encoder_out: torch.Tensor,
+        lengths: Optional[torch.Tensor] = None,
+    ) -> SearchState:
+        """Search the next chunk; chunks one after another equal all frames at once.
+
+        Args:
+            state: Left as it is.
+            encoder_out: Frames (B, T, D), or (T, D) of the only utterance.
+            lengths: Frames of each utterance in this chunk, 0 allowed (B,); default: all.
+
+        Raises:
+            SearchError: A score is not a number.
+        """
+        if encoder_out.dim() == 2:
+            encoder_out = encoder_out[None]
+        state = state.copy()
+        utterances, frames = encoder_out.shape[:2]
+        count = np.full(utterances, frames) if lengths is None else lengths.cpu().numpy()
+        chunk = Chunk(self, state, encoder_out, count)
+        if self.beam_size == 1:
+            greedy_step(chunk)
+        else:
+            self._beam_step(chunk)
+        state.frame += count
         return state
 
-    def _frame(self, t: int, state: SearchState, scaled: ScaledScores, groups: list) -> Beam:
+    def _beam_step(self, chunk: "Chunk") -> None:
+        state, last = chunk.state, chunk.count[chunk.scales.utterance]
+        rows = np.arange(len(last))
+        beam, finished = state.beam, []
+        for t in range(int(last.max(initial=0))):
+            if (last[rows] <= t).any():  # rows whose utterance has ended are set aside
+                ended, active = last[rows] <= t, last[rows] > t
+                finished.append((rows[ended], beam.rows(ended)))
+                rows, beam = rows[active], beam.rows(active)
+            if beam is not state.beam:
+                state.beam = beam
+            state.beam = beam = self._frame(t, rows, chunk)
+            if state.tree.max_prefixes is not None:
+                nodes = [beam.node, *(done.node for _, done in finished)]
+                state.tree.release(np.concatenate([array.ravel() for array in nodes]))
+        if finished:
+            state.beam = Beam.join([*finished, (rows, beam)])
+
+    def _frame(self, t: int, rows: np.ndarray, chunk: "Chunk") -> Beam:
+        """One frame of the live rows, whose hypotheses are ``chunk.state.beam``."""
+        state, scales = chunk.state, chunk.scales
         level, ended = state.beam, None
+        at = chunk.emitted_at(rows, np.full(len(rows), t))
         for symbols in range(self.max_symbols_per_frame + 1):
-            # 1. What every hypothesis can do at this frame. Those that stop here emit a blank.
-            blank, labels, lm = self._scores(t, level.node, state.tree, scaled, groups)
-            stopped = level.plus(check_scores(blank, state.frame))
+            # 1. Every hypothesis may stop here by a blank.
+            row, place = np.nonzero(level.node >= 0)
+            node = level.node[row, place]
+            cells = chunk.cells(rows[row], np.full(len(row), t), node)
+            blank = np.zeros(level.node.shape)
+            blank[row, place] = cells.blank
+            stopped = level.plus_blank(check_scores(blank, at))
             ended = stopped if ended is None else ended.merge(stopped)
             if symbols == self.max_symbols_per_frame:
                 break
-            # 2. The extensions that stand up to what has ended already.
-            best = check_scores(labels.amax(dim=2).double().cpu().numpy(), state.frame)
-            found = survive = None
-            if self._may_survive(ended, level.score + best):
-                found = best_extensions(level.score, labels, self.beam_size)
-                survive = self._survivors(ended, found)
-            if symbols == 0:
-                add_pruned_mass(level, ended, found, survive, blank, labels, state)
-            if survive is None or not survive.any():
+
+            # 2. Labels are scored where the best one could stand up to what has ended already,
+            #    or could flow into another live hypothesis.
+            cut = kth_best(ended.score, self.beam_size)
+            score = level.score[row, place]
+            ceiling = score + cells.ceiling + scales.most_added[rows[row]]
+            wanted = ceiling >= cut[row]
+            pairs = None
+            if symbols == 0 and len(state.live_pairs()):
+                entry = np.zeros(level.node.shape, dtype=np.int64)
+                entry[row, place] = np.arange(len(row))
+                pairs = relevant_pairs(state.live_pairs(), ceiling, entry, ended, blank)
+                wanted[entry[pairs.row, pairs.parent]] = True
+            if not wanted.any():
                 break
-            # 3. Their prefixes, computed if new: the only place where predictor and LM run.
-            level = extend_beam(level, found, survive, lm, state, state.frame)
+            index = np.nonzero(wanted)[0]
+            # The first label of a frame may be any hypothesis' that has lived to it: if networks
+            # must run, they run for all of these. Later ones are few, and may not live.
+            together = node if symbols == 0 else node[index]
+            totals = chunk.totals(cells, index, rows[row[index]], node[index], together)
+            best = check_scores(numpy(totals.amax(dim=1)), at[row[index]])
+
+            # 3. The best of them, and those that survive.
+            found = self._extensions(len(level.node), row, place, score, index, totals, best, cut)
+            survive = self._survivors(ended, found)
+            if pairs is not None and len(pairs):
+                position = np.full(len(row), -1)
+                position[index] = np.arange(len(index))
+                where = position[entry[pairs.row, pairs.parent]]
+                added = numpy(totals[torch.from_numpy(where), torch.from_numpy(pairs.label)])
+                add_pruned_mass(level, ended, pairs, added, blank, found, survive, at, state)
+            if not survive.any():
+                break
+            level = extend(level, found, survive, at, state)
         return ended if symbols == 0 else ended.best(self.beam_size)
 
-    def _may_survive(self, ended: Beam, extended: np.ndarray) -> bool:
-        """False if no extension (their best scores: (G, N)) can; true of most blank frames."""
-        if ended.score.shape[1] < self.beam_size:
-            return True
-        if ended.score.shape[1] == self.beam_size:
-            last = ended.score.min(axis=1)
-        else:
-            last = np.partition(ended.score, -self.beam_size, axis=1)[:, -self.beam_size]
-        return bool((extended.max(axis=1) >= last).any())
+    def _extensions(
+        self,
+        num_rows: int,
+        row: np.ndarray,
+        place: np.ndarray,
+        score: np.ndarray,
+        index: np.ndarray,
+        totals: torch.Tensor,
+        best: np.ndarray,
+        cut: np.ndarray,
+    ) -> Extensions:
+        """The best extensions of each row, from label totals of the hypotheses ``index``."""
+        # Only hypotheses whose best label reaches the beam are looked through.
+        hopeful = np.nonzero((score[index] + best >= cut[row[index]]) & (best > -np.inf))[0]
+        index = index[hopeful]
+        if not len(index):
+            empty = np.zeros((num_rows, 0))
+            return Extensions(empty, empty, empty.astype(np.int64), empty.astype(np.int64))
+        some = totals if len(hopeful) == len(totals) else totals[torch.from_numpy(hopeful)]
+        top = some.topk(min(self.beam_size, some.size(1)), dim=1)
+        added, label = numpy(top.values), top.indices.cpu().numpy()
+        total = score[index, None] + added
+        fits = (total >= cut[row[index], None]) & (added > -np.inf)
+        which, _ = np.nonzero(fits)
+        return Extensions.best(
+            num_rows,
+            self.beam_size,
+            row[index][which],
+            place[index][which],
+            label[fits],
+            total[fits],
+            added[fits],
+        )
 
     def _survivors(self, ended: Beam, found: Extensions) -> np.ndarray:
-        """Which extensions (G, K) go on. With a beam of one they take the place of the blank."""
+        """Which extensions (R, K) go on."""
         pool = np.concatenate([ended.score, found.score], axis=1)
-        cut = -np.inf
-        if pool.shape[1] > self.beam_size:
-            kth = pool.shape[1] - self.beam_size
-            cut = np.partition(pool, kth, axis=1)[:, kth, None]
-        survive = (found.score >= cut) & (found.score > -np.inf)
-        if self.beam_size == 1:
-            survive &= found.score > ended.score.max(axis=1, keepdims=True)
-            ended.drop(np.broadcast_to(survive.any(axis=1)[:, None], ended.node.shape))
-        return survive
+        cut = kth_best(pool, self.beam_size)
+        return (found.score >= cut[:, None]) & (found.score > -np.inf)
 
-    def _scores(
+
+class Chunk:
+    """Frames of a batch, with what scores them.
+
+    Args:
+        search: Whose scorer and options are used.
+        state: Of the search.
+        encoder_out: (B, T, D).
+        count: Frames of each utterance (B,).
+
+    Attributes:
+        scales: Of the rows.
+    """
+
+    def __init__(
         self,
-        t: int,
-        node: np.ndarray,
-        tree: PrefixTree,
-        scaled: ScaledScores,
-        groups: list[tuple[Optional[float], np.ndarray]],
-    ) -> tuple[np.ndarray, torch.Tensor, Optional[PrefixRows]]:
-        """Blank (G, N), total of every label (G, N, L), predictor's LM or None."""
-        parts = []
-        for alpha, rows in groups:
-            if alpha is not None:
-                self.scorer.alpha = alpha
-            if scaled.num_settings == 1:
-                nodes, index = node[0], np.arange(node.shape[1])[None]
-            else:
-                # Settings share most prefixes: score each once.
-                nodes, index = np.unique(np.maximum(node[rows], ROOT), return_inverse=True)
-                index = index.reshape(len(rows), -1)
-            blank, labels, lm = self.scorer.scores(t, tree.data(nodes))
-            if lm is not None:
-                # Zero times -inf would be NaN; e^-10000 is zero all the same.
-                lm = lm.clamp(min=-1e4)
-            external = tree.external_rows(nodes) if scaled.uses_external else None
-            total = scaled.total(labels, lm, external, rows, torch.from_numpy(index))
-            blank = blank.double().cpu().numpy()[index]
-            parts.append((blank, total, None if lm is None else PrefixRows(lm, index)))
-        if len(parts) == 1:
-            return parts[0]
-        order = np.argsort(np.concatenate([rows for _, rows in groups]))
-        blank = np.concatenate([part[0] for part in parts])[order]
-        total = torch.cat([part[1] for part in parts])[torch.from_numpy(order)]
-        lm = None if parts[0][2] is None else PrefixRows.join([part[2] for part in parts], order)
-        return blank, total, lm
+        search: TransducerSearch,
+        state: SearchState,
+        encoder_out: torch.Tensor,
+        count: np.ndarray,
+    ):
+        self.scorer = search.scorer
+        self.max_symbols_per_frame = search.max_symbols_per_frame
+        self.state = state
+        self.count = count
+        self.scales = RowScales(
+            state.scales, len(count), self.scorer.alpha, search.forbidden_labels
+        )
+        self._frames = self.scorer.frames(encoder_out)
+        self._device = encoder_out.device
+        self._settings = len(state.scales)
+
+    def cells(self, rows: np.ndarray, frame: np.ndarray, nodes: np.ndarray) -> "ScoredCells":
+        """Scores of M cells: rows in [0, R), frames of the chunk, prefixes."""
+        tree, scales = self.state.tree, self.scales
+        blank_scale, inverse = scales.blank_scale[rows], None
+        if self._settings > 1:
+            # Settings share most prefixes: score each once.
+            key = scales.cell_key[rows] * (1 + frame.max()) + frame
+            key = key * (1 + nodes.max()) + nodes
+            _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+            rows, frame, nodes = rows[first], frame[first], nodes[first]
+        if self.scorer.blank_needs_predictor:
+            tree.need_predictor(nodes)
+        cells = self.scorer.cells(
+            self._frames,
+            self._tensor(scales.utterance[rows]),
+            self._tensor(frame),
+            tree.pool,
+            nodes,
+            tree.label[nodes],
+            self._tensor(scales.alpha[rows].astype(np.float32)),
+        )
+        return ScoredCells(cells, inverse, blank_scale)
+
+    def totals(
+        self,
+        cells: "ScoredCells",
+        index: np.ndarray,
+        rows: np.ndarray,
+        nodes: np.ndarray,
+        together: np.ndarray,
+    ) -> torch.Tensor:
+        """Totals (P, L) of the labels of the cells ``index`` (P), of rows and prefixes (P).
+
+        Args:
+            together: If a network must run, let it run for these prefixes in the same batch.
+        """
+        tree = self.state.tree
+        tree.need_predictor(nodes, together)
+        if self.scales.uses_external:
+            tree.need_external(nodes, together)
+        return self.scales.totals(cells.labels(index), rows, nodes, tree)
+
+    def emitted_at(self, rows: np.ndarray, frame: np.ndarray) -> np.ndarray:
+        """Frame numbers from the start of the rows' utterances, from those in the chunk."""
+        return self.state.frame[self.scales.utterance[rows]] + frame
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+class ScoredCells:
+    """Blanks and ceilings of M cells as float64 arrays (M), and their labels' log-probs.
+
+    Args:
+        cells: Distinct ones.
+        inverse: Which of them each of the M is; None: they are the same.
+        blank_scale: Of each of the M.
+    """
+
+    def __init__(self, cells: Any, inverse: Optional[np.ndarray], blank_scale: np.ndarray):
+        self._cells, self._inverse = cells, inverse
+        both = numpy(torch.stack([cells.blank, cells.ceiling]))
+        self.blank, self.ceiling = both if inverse is None else both[:, inverse]
+        self.blank = self.blank * blank_scale
+
+    def labels(self, index: np.ndarray) -> torch.Tensor:
+        """log P(label) of some of the cells (P): (P, L)."""
+        if self._inverse is None:
+            return self._cells.labels(torch.from_numpy(index))
+        distinct, inverse = np.unique(self._inverse[index], return_inverse=True)
+        return self._cells.labels(torch.from_numpy(distinct))[torch.from_numpy(inverse)]
+
+
+def relevant_pairs(
+    pairs: LivePairs, ceiling: np.ndarray, entry: np.ndarray, ended: Beam, blank: np.ndarray
+) -> LivePairs:
+    """The pairs through which enough probability could flow to change a score.
+
+    Args:
+        pairs: Of the beam.
+        ceiling: The most that a hypothesis can score after its best label (E).
+        entry: Number of each hypothesis, in [0, E) (R, N).
+        ended: The hypotheses after a blank (R, N).
+        blank: Score of that blank (R, N).
+    """
+    row, child = pairs.row, pairs.child
+    most = ceiling[entry[row, pairs.parent]] + blank[row, child]
+    return pairs.only(most >= ended.score[row, child] - NEGLIGIBLE)
 
 
 def add_pruned_mass(
     level: Beam,
     ended: Beam,
-    found: Optional[Extensions],
-    survive: Optional[np.ndarray],
+    pairs: LivePairs,
+    added: np.ndarray,
     blank: np.ndarray,
-    labels: torch.Tensor,
+    found: Extensions,
+    survive: np.ndarray,
+    at: np.ndarray,
     state: SearchState,
 ) -> None:
     """Let pruned extensions flow into hypotheses that are live anyway.
@@ -206,34 +393,58 @@ def add_pruned_mass(
     random peaky models: a beam of 8 loses 0.2 nats without it.)
 
     Args:
-        level: Hypotheses at the start of the frame (G, N), the beam of ``state``.
-        ended: The same ones after a blank (G, N); changed in place.
-        found, survive: The best extensions of ``level`` (G, K), and which ones go on; None if
-            none does.
-        blank: Blank log-probs (G, N).
-        labels: Label scores (G, N, L).
+        level: Hypotheses at the start of the frame (R, N), the beam of ``state``.
+        ended: The same ones after a blank (R, N); changed in place.
+        pairs: Live hypotheses that are another one plus a label (P).
+        added: Score of that label (P).
+        blank: Blank scores (R, N).
+        found, survive: The best extensions of ``level`` (R, K), and which ones go on.
+        at: Frame numbers of the rows (R).
         state: Gets the emissions.
     """
-    pairs = state.live_pairs()
-    if not len(pairs):
-        return
-    g, child, parent, label = pairs.setting, pairs.child, pairs.parent, pairs.label
-    if survive is not None and survive.any():
-        goes_on = (
-            survive[g] & (found.place[g] == parent[:, None]) & (found.label[g] == label[:, None])
-        ).any(axis=1)
-        g, child, parent, label = (x[~goes_on] for x in (g, child, parent, label))
-    at = tuple(torch.from_numpy(array) for array in (g, parent, label))
-    added = labels[at].double().cpu().numpy() + blank[g, child]
-    ended.score[g, child] = np.logaddexp(ended.score[g, child], level.score[g, parent] + added)
-    viterbi = level.viterbi[g, parent] + added
-    better = viterbi > ended.viterbi[g, child]
+    goes_on = (
+        survive[pairs.row]
+        & (found.place[pairs.row] == pairs.parent[:, None])
+        & (found.label[pairs.row] == pairs.label[:, None])
+    ).any(axis=1)
+    added, pairs = added[~goes_on], pairs.only(~goes_on)
+    row, child, parent = pairs.row, pairs.child, pairs.parent
+    added = added + blank[row, child]
+    # A child has one parent: no place occurs twice.
+    flow = level.score[row, parent] + added
+    ended.score[row, child] = np.logaddexp(ended.score[row, child], flow)
+    viterbi = level.viterbi[row, parent] + added
+    better = viterbi > ended.viterbi[row, child]
     if better.any():
-        g, child, parent = g[better], child[better], parent[better]
-        ended.viterbi[g, child] = viterbi[better]
-        ended.path[g, child] = state.emit(level.path[g, parent], state.frame)
+        row, child, parent = row[better], child[better], parent[better]
+        ended.viterbi[row, child] = viterbi[better]
+        ended.blank[row, child] = level.blank[row, parent] + blank[row, child]
+        ended.path[row, child] = state.emissions.add(level.path[row, parent], at[row])
 
 
-def sorted_set(alphas: Sequence[Optional[float]]) -> list[Optional[float]]:
-    """Distinct values in their first order."""
-    return list(dict.fromkeys(alphas))
+def extend(
+    level: Beam, found: Extensions, survive: np.ndarray, at: np.ndarray, state: SearchState
+) -> Beam:
+    """The hypotheses (R, at most K) that the surviving extensions make.
+
+    Args:
+        level: Hypotheses before the label (R, N).
+        found, survive: Extensions of them (R, K), and which ones to make.
+        at: Frame numbers of the rows (R).
+        state: Gets the new prefixes and emissions.
+    """
+    row, _ = np.nonzero(survive)
+    place, label, added = found.place[survive], found.label[survive], found.added[survive]
+    column = (survive.cumsum(axis=1) - 1)[survive]
+    new = Beam.empty(len(survive), int(column.max()) + 1)
+    new.node[row, column] = state.tree.children(level.node[row, place], label)
+    new.score[row, column] = found.score[survive]
+    new.viterbi[row, column] = level.viterbi[row, place] + added
+    new.blank[row, column] = level.blank[row, place]
+    new.path[row, column] = state.emissions.add(level.path[row, place], at[row])
+    return new
+
+
+def numpy(scores: torch.Tensor) -> np.ndarray:
+    """Scores as float64 on the host."""
+    return scores.double().cpu().numpy()

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from espnet_llm_plugin.transducer.beam import Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales
+from espnet_llm_plugin.transducer.prefix_tree import ROOT
 from espnet_llm_plugin.transducer.search import TransducerSearch
 
 
 class TableScorer:
     """A factorized transducer without networks: random scores looked up by label prefix.
 
-    Prefix data are the label tuples themselves; every extension is counted.
+    Every prefix that the predictor is run for is counted. It is a ``TransducerScorer``.
     """
+
+    blank_needs_predictor = False
 
     def __init__(self, num_labels: int, seed: int, sharpness: float = 1.5, alpha: float = 1.0):
         self.num_labels = num_labels
@@ -29,31 +32,110 @@ class TableScorer:
         self.extended: list[tuple[int, ...]] = []
         self.calls = 0
 
-    def _random(self, labels: Sequence[int], size: int) -> torch.Tensor:
+    def random(self, labels: Sequence[int], size: int) -> torch.Tensor:
         seed = hash((self.seed, *labels)) % 2**31
         return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * self.sharpness
 
-    def begin(self, encoder_out: torch.Tensor) -> None:
-        self.acoustic = encoder_out[:, : self.num_labels]
-        self.blank = encoder_out[:, self.num_labels]
+    def lm(self, labels: Sequence[int]) -> torch.Tensor:
+        return self.random(labels, self.num_labels + 1)[:-1].log_softmax(-1)
 
-    def root(self) -> tuple[int, ...]:
-        return ()
+    def frames(self, encoder_out: torch.Tensor) -> torch.Tensor:
+        return encoder_out
 
-    def extend(self, parents: Sequence[Any], labels: Sequence[int]) -> list[tuple[int, ...]]:
-        assert len(parents) == len(labels) > 0
-        self.calls += 1
-        new = [(*parent, label) for parent, label in zip(parents, labels)]
-        self.extended += new
-        return new
+    def prefixes(self) -> "TablePool":
+        return TablePool(self)
 
-    def scores(self, frame: int, prefixes: Sequence[Any]):
-        rows = [self._random(prefix, self.num_labels + 1) for prefix in prefixes]
-        lm = torch.stack([row[:-1] for row in rows]).log_softmax(-1)
-        blank = self.blank[frame] + 0.3 * torch.stack([row[-1] for row in rows])
-        labels = (self.acoustic[frame] + self.alpha * lm).log_softmax(-1)
-        labels = labels + torch.nn.functional.logsigmoid(-blank)[:, None]
-        return torch.nn.functional.logsigmoid(blank), labels, lm
+    def cells(self, frames, utterance, frame, pool, nodes, last, alpha) -> "TableCells":
+        return TableCells(self, frames[utterance, frame], pool, nodes.tolist(), last, alpha)
+
+
+class TablePool:
+    def __init__(self, scorer: TableScorer):
+        self.scorer = scorer
+        self.labels: dict[int, tuple[int, ...]] = {ROOT: ()}
+
+    def compute(self, nodes, parents, labels) -> None:
+        assert len(nodes) == len(parents) == len(labels) > 0
+        self.scorer.calls += 1
+        for node, parent, label in zip(nodes.tolist(), parents.tolist(), labels.tolist()):
+            self.labels[node] = (*self.labels[parent], label)
+            self.scorer.extended.append(self.labels[node])
+
+    def lm(self, nodes) -> torch.Tensor:
+        return torch.stack([self.scorer.lm(self.labels[node]) for node in nodes.tolist()])
+
+    def free(self, nodes) -> None:
+        for node in nodes:
+            self.labels.pop(node, None)
+
+
+class TableCells:
+    """The blank depends on the last label, the labels on the whole prefix."""
+
+    def __init__(self, scorer, acoustic, pool, nodes, last, alpha):
+        self.pool, self.nodes = pool, nodes
+        self.acoustic, self.alpha = acoustic[:, :-1], alpha
+        last = torch.stack([scorer.random((int(label),), 1)[0] for label in last])
+        z = acoustic[:, -1] + 0.3 * last
+        self.blank = torch.nn.functional.logsigmoid(z)
+        self.ceiling = torch.nn.functional.logsigmoid(-z)
+
+    def labels(self, which) -> torch.Tensor:
+        lm = self.pool.lm(np.array(self.nodes)[which.numpy()])
+        logits = self.acoustic[which] + self.alpha[which, None] * lm
+        return logits.log_softmax(-1) + self.ceiling[which, None]
+
+
+class OneByOne:
+    """A scorer as simple as can be, for slow references: one utterance, prefixes as label tuples.
+
+    Args:
+        scorer: A ``TransducerScorer``.
+        encoder_out: (T, D).
+        alpha: LM scale inside the softmax, or the scorer's.
+    """
+
+    def __init__(self, scorer, encoder_out: torch.Tensor, alpha: Optional[float] = None):
+        self.scorer = scorer
+        self.alpha = scorer.alpha if alpha is None else alpha
+        self.frames = scorer.frames(encoder_out[None])
+        self.pool = scorer.prefixes()
+        self.nodes: dict[tuple[int, ...], int] = {(): ROOT}
+
+    def node(self, labels: Sequence[int]) -> int:
+        labels = tuple(labels)
+        if labels not in self.nodes:
+            parent, new = self.node(labels[:-1]), len(self.nodes)
+            self.pool.compute(np.array([new]), np.array([parent]), np.array([labels[-1]]))
+            self.nodes[labels] = new
+        return self.nodes[labels]
+
+    def lm(self, labels: Sequence[int]) -> torch.Tensor:
+        return self.pool.lm(np.array([self.node(labels)]))[0]
+
+    def scores(self, t: int, labels: Sequence[int]) -> tuple[float, torch.Tensor]:
+        """log P(blank), and of the labels (L,)."""
+        cells = self.scorer.cells(
+            self.frames,
+            torch.tensor([0]),
+            torch.tensor([t]),
+            self.pool,
+            np.array([self.node(labels)]),
+            np.array([labels[-1] if labels else -1]),
+            torch.tensor([self.alpha]),
+        )
+        return float(cells.blank[0]), cells.labels(torch.tensor([0]))[0]
+
+
+def label_scores(one: OneByOne, case: "Case", scales: Scales, t: int, labels: Sequence[int]):
+    """Score of the blank, and of each label (L,), with all scales."""
+    blank, row = one.scores(t, labels)
+    row = row.double() + scales.label_bonus
+    if scales.beta:
+        row = row + scales.beta * one.lm(labels)
+    if case.external_lm and scales.lm_weight:
+        row = row + scales.lm_weight * case.external_lm.row(labels)
+    return scales.blank_scale * blank, row
 
 
 class TableLM:
@@ -64,7 +146,7 @@ class TableLM:
         self.extended: list[tuple[int, ...]] = []
 
     def row(self, labels: Sequence[int]) -> torch.Tensor:
-        return self.table._random(labels, self.table.num_labels).log_softmax(-1)
+        return self.table.random(labels, self.table.num_labels).log_softmax(-1)
 
     def start(self):
         return self.row(()), ()
@@ -90,39 +172,16 @@ def exact_scores(
 
     Slow on purpose: each sequence by itself, all ways to put its labels on frames.
     """
-    scorer = case.scorer
-    if scales.alpha is not None:
-        scorer.alpha = scales.alpha
-    scorer.begin(case.encoder_out)
+    one = OneByOne(case.scorer, case.encoder_out, scales.alpha)
     frames = case.encoder_out.size(0)
-    data = {(): scorer.root()}
-    state = {(): case.external_lm.start()} if case.external_lm else {}
     found = {}
     for length in range(max_labels + 1):
-        for labels in itertools.product(range(scorer.num_labels), repeat=length):
-            for end in range(1, length + 1):
-                prefix = labels[:end]
-                if prefix not in data:
-                    data[prefix] = scorer.extend([data[prefix[:-1]]], [prefix[-1]])[0]
-                    if case.external_lm:
-                        rows, states = case.external_lm.extend(
-                            [prefix[-1]], [state[prefix[:-1]][1]]
-                        )
-                        state[prefix] = (rows[0], states[0])
-            prefixes = [data[labels[:u]] for u in range(length + 1)]
+        for labels in itertools.product(range(case.scorer.num_labels), repeat=length):
             blank, label = [], []
             for t in range(frames):
-                b, v, lm = scorer.scores(t, prefixes)
-                blank.append(b.tolist())
-                row = []
-                for u, y in enumerate(labels):
-                    score = float(v[u, y]) + scales.label_bonus
-                    if lm is not None and scales.beta:
-                        score += scales.beta * float(lm[u, y])
-                    if case.external_lm and scales.lm_weight:
-                        score += scales.lm_weight * float(state[labels[:u]][0][y])
-                    row.append(score)
-                label.append(row)
+                rows = [label_scores(one, case, scales, t, labels[:u]) for u in range(length + 1)]
+                blank.append([b for b, _ in rows])
+                label.append([float(row[y]) for (_, row), y in zip(rows, labels)])
             limit = length if max_symbols is None else max_symbols
             total, best = [0.0] + [-math.inf] * length, [0.0] + [-math.inf] * length
             for t in range(frames):
@@ -141,28 +200,15 @@ def exact_scores(
 
 def greedy_reference(case: Case, scales: Scales, max_symbols: int) -> tuple[tuple[int, ...], float]:
     """One hypothesis; at each step the best of the blank and all labels."""
-    scorer = case.scorer
-    if scales.alpha is not None:
-        scorer.alpha = scales.alpha
-    scorer.begin(case.encoder_out)
-    prefix, labels, score = scorer.root(), [], 0.0
-    external = case.external_lm.start() if case.external_lm else None
+    one, labels, score = OneByOne(case.scorer, case.encoder_out, scales.alpha), [], 0.0
     for t in range(case.encoder_out.size(0)):
         for symbols in range(max_symbols + 1):
-            blank, row, lm = scorer.scores(t, [prefix])
-            row = row[0] + scales.label_bonus + (scales.beta * lm[0] if scales.beta else 0.0)
-            if external:
-                row = row + scales.lm_weight * external[0]
-            if symbols == max_symbols or float(row.max()) <= float(blank[0]):
-                score += float(blank[0])
+            blank, row = label_scores(one, case, scales, t, labels)
+            if symbols == max_symbols or float(row.max()) <= blank:
+                score += blank
                 break
-            label = int(row.argmax())
-            score += float(row[label])
-            labels.append(label)
-            prefix = scorer.extend([prefix], [label])[0]
-            if external:
-                rows, states = case.external_lm.extend([label], [external[1]])
-                external = (rows[0], states[0])
+            labels.append(int(row.argmax()))
+            score += float(row.max())
     return tuple(labels), score
 
 
@@ -244,7 +290,7 @@ class SearchContract:
 
     def test_parts_add_up_and_frames_are_those_of_the_best_alignment(self, tiny):
         exact = self.exact(tiny, self.scales)
-        without = Scales(alpha=self.scales.alpha)
+        without = Scales(alpha=self.scales.alpha, blank_scale=self.scales.blank_scale)
         acoustic = self.exact(tiny, without)
         for hyp in self.search(tiny, 2000)(tiny.encoder_out, self.scales, nbest=40):
             parts = hyp.acoustic + hyp.lm + hyp.external_lm + hyp.bonus
@@ -255,29 +301,27 @@ class SearchContract:
                 assert hyp.acoustic == pytest.approx(acoustic[hyp.labels][0], abs=self.tolerance)
                 aligned = self.alignment_score(tiny, hyp.labels, hyp.frames)
                 assert aligned == pytest.approx(exact[hyp.labels][1], abs=self.tolerance)
+                if hyp.blank is not None:
+                    blank = self.blank_score(tiny, hyp.labels, hyp.frames)
+                    assert hyp.blank == pytest.approx(blank, abs=self.tolerance)
 
     def alignment_score(self, case: Case, labels: Sequence[int], frames: Sequence[int]) -> float:
-        scorer, scales = case.scorer, self.scales
-        if scales.alpha is not None:
-            scorer.alpha = scales.alpha
-        scorer.begin(case.encoder_out)
-        prefix, score, u = scorer.root(), 0.0, 0
-        external = case.external_lm.start() if case.external_lm else None
+        one, score, u = OneByOne(case.scorer, case.encoder_out, self.scales.alpha), 0.0, 0
         for t in range(case.encoder_out.size(0)):
             while u < len(labels) and frames[u] == t:
-                _, row, lm = scorer.scores(t, [prefix])
-                y = labels[u]
-                score += float(row[0, y]) + scales.label_bonus
-                if scales.beta:
-                    score += scales.beta * float(lm[0, y])
-                if external:
-                    score += scales.lm_weight * float(external[0][y])
-                    rows, states = case.external_lm.extend([y], [external[1]])
-                    external = (rows[0], states[0])
-                prefix = scorer.extend([prefix], [y])[0]
+                _, row = label_scores(one, case, self.scales, t, labels[:u])
+                score += float(row[labels[u]])
                 u += 1
-            score += float(scorer.scores(t, [prefix])[0][0])
+            score += label_scores(one, case, self.scales, t, labels[:u])[0]
         return score
+
+    def blank_score(self, case: Case, labels: Sequence[int], frames: Sequence[int]) -> float:
+        """Of the blanks of an alignment alone."""
+        one = OneByOne(case.scorer, case.encoder_out, self.scales.alpha)
+        return sum(
+            label_scores(one, case, self.scales, t, labels[: sum(f <= t for f in frames)])[0]
+            for t in range(case.encoder_out.size(0))
+        )
 
     def test_at_most_so_many_labels_a_frame(self, tiny):
         for limit in (1, 2):

@@ -15,7 +15,7 @@ from espnet_llm_plugin.fusion.tuning import (
     search_grid,
     table,
 )
-from espnet_llm_plugin.transducer.beam import Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.search import TransducerSearch
 from tests.contracts.search_contract import TableLM, TableScorer
 

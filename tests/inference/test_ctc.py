@@ -9,7 +9,7 @@ import torch
 from espnet2.asr.ctc import CTC
 
 from espnet_llm_plugin.inference.ctc import CTCSearch
-from espnet_llm_plugin.transducer.beam import Scales, SearchError
+from espnet_llm_plugin.transducer.hypothesis import Scales, SearchError
 from tests.contracts.search_contract import Case, SearchContract, TableLM
 
 VOCAB, DIM = 5, 6  # three labels

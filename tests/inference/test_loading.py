@@ -11,7 +11,7 @@ import torch
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.loading import TextConverter, _sample_rate, load_asr
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
-from espnet_llm_plugin.transducer.beam import Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio
 
 

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchaudio
 
-from espnet_llm_plugin.transducer.beam import Scales, SearchError
+from espnet_llm_plugin.transducer.hypothesis import Scales, SearchError
 from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
 from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
 from espnet_llm_plugin.transducer.scorer import build_scorer
@@ -35,11 +36,13 @@ class TestTablesWithEverything(SearchContract):
         return Case(TableScorer(3, seed), encoder_out(3, 3, seed), TableLM(3, seed))
 
 
-class TestTablesBetaOnly(SearchContract):
-    scales = Scales(alpha=0.2, beta=0.5, label_bonus=1.0)
+class TestTablesSubtractingAnLM(SearchContract):
+    """Negative beta, scaled blanks: no bound on what a label can score."""
+
+    scales = Scales(alpha=0.2, beta=-0.3, lm_weight=0.6, label_bonus=1.0, blank_scale=0.7)
 
     def case(self, seed):
-        return Case(TableScorer(3, seed), encoder_out(3, 3, seed))
+        return Case(TableScorer(3, seed), encoder_out(3, 3, seed), TableLM(3, seed))
 
 
 class ModelContract(SearchContract):
@@ -136,7 +139,8 @@ def long_case() -> Case:
     return Case(TableScorer(6, 7), encoder_out(30, 6, 7, blank=-0.5), TableLM(6, 7))
 
 
-EVERYTHING = Scales(alpha=0.4, beta=0.7, lm_weight=0.5, label_bonus=0.8)
+EVERYTHING = Scales(alpha=0.4, beta=0.7, lm_weight=0.5, label_bonus=0.8, blank_scale=0.9)
+EVERYTHING_BUT_LM = Scales(alpha=0.4, beta=0.7, label_bonus=0.8)
 
 
 def test_networks_run_once_per_prefix_and_once_per_step(long_case):
@@ -144,19 +148,85 @@ def test_networks_run_once_per_prefix_and_once_per_step(long_case):
     search = TransducerSearch(
         scorer, beam_size=8, max_symbols_per_frame=2, external_lm=lm, max_prefixes=None
     )
-    search(long_case.encoder_out, EVERYTHING)
-    assert len(scorer.extended) == len(set(scorer.extended)) > 30
-    assert lm.extended == scorer.extended
-    # a batch for each level of a frame at most, eight prefixes at most in it
-    assert scorer.calls <= 2 * 30
-    assert len(scorer.extended) <= 8 * scorer.calls
+    tree = search.step(search.start([EVERYTHING]), long_case.encoder_out).tree
+    assert tree.num_created > 30
+    counts = (tree.num_predictor, tree.num_external)
+    for extended, count in zip((scorer.extended, lm.extended), counts):
+        assert 10 < len(extended) == len(set(extended)) <= tree.num_created
+        assert count in (len(extended), len(extended) + 1)  # the empty prefix
+    # a batch for each level of a frame at most
+    assert scorer.calls <= 2 * 30 and len(scorer.extended) > 1.5 * scorer.calls
 
 
-def test_only_survivors_reach_the_predictor():
-    """One frame, beam 2: the blank of the empty prefix and the best label fill the beam."""
-    scorer = TableScorer(5, 3)
-    TransducerSearch(scorer, beam_size=2, max_symbols_per_frame=1)(encoder_out(1, 5, 3))
-    assert len(scorer.extended) in (1, 2)
+def test_networks_do_not_run_for_prefixes_that_die_in_their_frame(long_case):
+    scorer = long_case.scorer
+    search = TransducerSearch(scorer, beam_size=8, max_symbols_per_frame=1)
+    state = search.start([Scales()])
+    lived = set()
+    for frame in long_case.encoder_out:
+        state = search.step(state, frame[None])
+        lived |= {tuple(state.tree.labels_of(node)) for node in state.beam.node[0]}
+    assert set(scorer.extended) <= lived
+    assert len(scorer.extended) < 0.8 * state.tree.num_created
+
+
+def test_a_batch_equals_each_utterance_alone():
+    """Rows of different lengths, one of them empty, with networks shared."""
+    lengths = torch.tensor([12, 5, 0, 9])
+    out = torch.stack([encoder_out(12, 6, seed, blank=0.3) for seed in range(4)])
+    for beam in (1, 5):
+        for scales in (Scales(), EVERYTHING):
+            scorer, lm = TableScorer(6, 7), TableLM(6, 7)
+            search = TransducerSearch(scorer, beam_size=beam, external_lm=lm)
+            together = search.batch(out, lengths, scales, nbest=beam)
+            assert len(scorer.extended) == len(set(scorer.extended))
+            assert len(together) == 4
+            for hyps, row, length in zip(together, out, lengths):
+                alone = search(row[:length], scales, nbest=beam)
+                assert [h.labels for h in hyps] == [h.labels for h in alone]
+                assert [h.frames for h in hyps] == [h.frames for h in alone]
+                for name in ("total", "acoustic", "lm", "external_lm", "blank"):
+                    assert [getattr(h, name) for h in hyps] == pytest.approx(
+                        [getattr(h, name) for h in alone], abs=1e-4
+                    )
+
+
+def test_a_batch_in_ragged_chunks_equals_the_whole():
+    lengths = torch.tensor([12, 5, 9])
+    out = torch.stack([encoder_out(12, 6, seed, blank=0.3) for seed in range(3)])
+    chunks = [(4, 4, 0), (0, 1, 5), (8, 0, 4)]
+    for beam in (1, 5):
+        search = TransducerSearch(TableScorer(6, 7), beam_size=beam)
+        whole = search.batch(out, lengths, EVERYTHING_BUT_LM, nbest=beam)
+        state, done = search.start([EVERYTHING_BUT_LM], utterances=3), [0, 0, 0]
+        for counts in chunks:
+            chunk = torch.zeros(3, max(counts), 7)
+            for i, count in enumerate(counts):
+                chunk[i, :count] = out[i, done[i] : done[i] + count]
+                done[i] += count
+            before = state.nbest(beam)
+            after = search.step(state, chunk, torch.tensor(counts))
+            assert state.nbest(beam) == before
+            state = after
+        for hyps, expected in zip(state.nbest(beam), whole):
+            assert [(h.labels, h.frames) for h in hyps] == [(h.labels, h.frames) for h in expected]
+            assert [h.total for h in hyps] == pytest.approx([h.total for h in expected], abs=1e-4)
+
+
+def test_a_batch_with_several_settings_equals_each_alone():
+    lengths = torch.tensor([10, 6])
+    out = torch.stack([encoder_out(10, 6, seed) for seed in range(2)])
+    settings = [EVERYTHING_BUT_LM, Scales(), Scales(alpha=0.9, label_bonus=-1.0, blank_scale=0.8)]
+    for beam in (1, 4):
+        search = TransducerSearch(TableScorer(6, 7), beam_size=beam)
+        state = search.start(settings, utterances=2)
+        lists = search.step(state, out, lengths).nbest(beam)
+        for i, hyps in enumerate(lists):
+            utterance, setting = divmod(i, 3)
+            row = out[utterance, : lengths[utterance]]
+            alone = search(row, settings[setting], nbest=beam)
+            assert [h.labels for h in hyps] == [h.labels for h in alone]
+            assert [h.total for h in hyps] == pytest.approx([h.total for h in alone], abs=1e-4)
 
 
 def test_a_kept_tree_saves_all_predictor_calls(long_case):
@@ -185,7 +255,8 @@ def test_freeing_prefixes_changes_nothing_but_memory(long_case):
 
     everything, freed = run(None), run(20)
     assert len(everything.tree) > 200
-    assert len(freed.tree) < 80
+    needed = {n for node in freed.beam.node[0] for n in freed.tree.path(node)} | {ROOT}
+    assert len(needed) <= len(freed.tree) <= 1.2 * len(needed) < 0.6 * len(everything.tree)
     assert freed.nbest(8) == everything.nbest(8)
 
 
@@ -199,12 +270,12 @@ def test_forbidden_labels_are_never_emitted():
     assert not any(3 in h.labels for h in hyps)
 
 
-def test_masked_labels_are_legal_with_any_scale():
+def test_masked_labels_are_never_emitted_with_any_scale():
     class Masked(TableScorer):
-        def scores(self, frame, prefixes):
-            blank, labels, lm = super().scores(frame, prefixes)
-            labels[:, 0] = lm[:, 0] = -torch.inf
-            return blank, labels, lm
+        def lm(self, labels):
+            lm = super().lm(labels)
+            lm[0] = -1e4  # as pools clamp it
+            return lm
 
     case = Case(Masked(3, 2), encoder_out(4, 3, 2))
     for beta in (0.0, 0.5):
@@ -250,13 +321,25 @@ def test_no_frames_give_the_empty_hypothesis():
     assert hyp.labels == () and hyp.total == 0.0 and hyp.frames == ()
 
 
-def test_tree_reads_back_labels_and_shares_prefixes():
+def test_tree_reads_back_labels_shares_prefixes_and_computes_on_demand():
     scorer = TableScorer(3, 0)
-    tree = PrefixTree(scorer)
-    a, b = tree.children([ROOT, ROOT], [1, 2], [-0.5, -1.0])
-    (c,) = tree.children([b], [0], [-0.25])
-    assert tree.children([ROOT, b], [2, 0], [0.0, 0.0]) == [b, c]
+    tree = PrefixTree(scorer.prefixes(), 3, TableLM(3))
+    a, b = tree.children(np.array([ROOT, ROOT]), np.array([1, 2]))
+    (c,) = tree.children(np.array([b]), np.array([0]))
+    assert tree.children(np.array([ROOT, b]), np.array([2, 0])).tolist() == [b, c]
     assert tree.labels_of(c) == [2, 0] and tree.labels_of(a) == [1]
-    assert tree.lm_sum[c] == -1.25
-    assert scorer.extended == [(1,), (2,), (2, 0)]
-    assert len(tree) == 4
+    assert len(tree) == 4 and tree.num_created == 3
+    assert scorer.extended == []
+    tree.need_predictor(np.array([a]), together=np.array([ROOT, b]))
+    assert scorer.extended == [(1,), (2,)] and scorer.calls == 1
+    expected = scorer.lm([])[2] + scorer.lm([2])[0]
+    assert tree.lm_sum(c) == pytest.approx(float(expected))
+    assert scorer.calls == 1  # the last label's own row is not needed
+    # a prefix whose beginnings are not computed either
+    expected = tree.external_lm.row([])[2] + tree.external_lm.row([2])[0]
+    assert tree.external_sum(c) == pytest.approx(float(expected))
+    assert tree.external_lm.extended == [(2,)]
+    torch.testing.assert_close(
+        tree.external_rows(np.array([c, a])),
+        torch.stack([tree.external_lm.row([2, 0]), tree.external_lm.row([1])]),
+    )

@@ -1,0 +1,61 @@
+"""What a search is asked with and what it answers: scales, hypotheses."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+
+class SearchError(RuntimeError):
+    """The scores of an utterance are not numbers."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Weights of the parts of a score.
+
+    The score of a label is ``log P(label) + beta * lm + lm_weight * external_lm + label_bonus``,
+    that of a blank ``blank_scale * log P(blank)``.
+
+    Attributes:
+        alpha: Scale of the predictor's LM inside the label softmax; ``None`` leaves the model's.
+        beta: Scale of the predictor's LM outside of it; negative values subtract the internal LM.
+        lm_weight: Scale of the external LM.
+        label_bonus: Added to every label.
+        blank_scale: Factor of the blank's log-probability; below 1 it favours long hypotheses.
+    """
+
+    alpha: Optional[float] = None
+    beta: float = 0.0
+    lm_weight: float = 0.0
+    label_bonus: float = 0.0
+    blank_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A label sequence. ``total = acoustic + lm + external_lm + bonus``; the parts are weighted.
+
+    Attributes:
+        labels: Labels in [0, L); token id = label + 1.
+        total: Score of the search (natural log).
+        acoustic: Log of the sum over the alignments, without the additive LM scores and the bonus.
+        lm: ``beta`` times the predictor's LM log-prob of the sequence.
+        external_lm: ``lm_weight`` times the external LM's.
+        bonus: ``label_bonus`` times the number of labels.
+        frames: Encoder frame at which the best alignment emits each label.
+        blank: Score of the blanks of the best alignment, a part of ``acoustic``; ``None`` where
+            the search does not tell it (CTC).
+    """
+
+    labels: tuple[int, ...]
+    total: float
+    acoustic: float
+    lm: float
+    external_lm: float
+    bonus: float
+    frames: tuple[int, ...]
+    blank: Optional[float] = None
+
+    @property
+    def normalized(self) -> float:
+        """Total per symbol; the end counts as one, as in ESPnet's transducer search."""
+        return self.total / (len(self.labels) + 1)

@@ -1,0 +1,150 @@
+"""What a search knows between two chunks, and its n-best lists.
+
+B utterances, G scale settings of each, R = B G rows (row = utterance * G + setting).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, Sequence
+
+import numpy as np
+import torch
+
+from espnet_llm_plugin.transducer.beam import Beam, Emissions, LivePairs
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
+
+
+@dataclass
+class SearchState:
+    """A search between two chunks. A step makes a new state and leaves the old one usable.
+
+    Attributes:
+        tree: Prefixes of the batch.
+        scales: The G settings.
+        beam: Live hypotheses of R rows.
+        frame: Frames searched so far of each utterance (B,).
+        emissions: Of the hypotheses.
+        extra: What a search keeps besides.
+    """
+
+    tree: PrefixTree
+    scales: tuple[Scales, ...]
+    beam: Beam
+    frame: np.ndarray
+    emissions: Emissions = field(default_factory=Emissions)
+    extra: Any = None
+    _pairs_of: Optional[np.ndarray] = None
+    _pairs: Optional[LivePairs] = None
+
+    @classmethod
+    def start(cls, tree: PrefixTree, scales: Sequence[Scales], utterances: int) -> "SearchState":
+        """Before the first frame."""
+        beam = Beam.start(utterances * len(scales))
+        return cls(tree, tuple(scales), beam, np.zeros(utterances, dtype=np.int64))
+
+    def copy(self) -> "SearchState":
+        """A state that can go on without changing this one."""
+        return replace(self, frame=self.frame.copy())
+
+    def live_pairs(self) -> LivePairs:
+        """Of the beam; kept while its prefixes stay the same, as in most frames."""
+        if self._pairs_of is not self.beam.node:
+            self._pairs_of, self._pairs = self.beam.node, LivePairs(self.beam.node, self.tree)
+        return self._pairs
+
+    def nbest(self, nbest: int = 1, normalize_length: bool = False) -> list[list[Hypothesis]]:
+        """The best live hypotheses of every row, best first.
+
+        Args:
+            nbest: At most this many of each row.
+            normalize_length: Rank by the score per symbol.
+        """
+        lists = []
+        for row, nodes in enumerate(self.beam.node):
+            scales = self.scales[row % len(self.scales)]
+            rank = self.beam.score[row]
+            if normalize_length:
+                length = self.tree.depth(nodes) + 1
+                rank = rank / length
+            order = [n for n in np.argsort(-rank, kind="stable") if nodes[n] >= 0]
+            lists.append([self._hypothesis(row, int(n), scales) for n in order[:nbest]])
+        return lists
+
+    @torch.inference_mode()
+    def _hypothesis(self, row: int, n: int, scales: Scales) -> Hypothesis:
+        node = int(self.beam.node[row, n])
+        labels = tuple(self.tree.labels_of(node))
+        total, blank = float(self.beam.score[row, n]), float(self.beam.blank[row, n])
+        lm = scales.beta * self.tree.lm_sum(node) if scales.beta else 0.0
+        external = scales.lm_weight * self.tree.external_sum(node) if scales.lm_weight else 0.0
+        bonus = scales.label_bonus * len(labels)
+        return Hypothesis(
+            labels=labels,
+            total=total,
+            acoustic=total - lm - external - bonus,
+            lm=lm,
+            external_lm=external,
+            bonus=bonus,
+            frames=self.emissions.frames(int(self.beam.path[row, n])),
+            blank=None if np.isnan(blank) else blank,
+        )
+
+
+class RowScales:
+    """The scales of every row, and the label totals they give.
+
+    Args:
+        scales: The G settings.
+        utterances: B.
+        alpha: Of settings that give none.
+        forbidden_labels: Labels that are never emitted.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[Scales],
+        utterances: int,
+        alpha: float = 0.0,
+        forbidden_labels: Sequence[int] = (),
+    ):
+        def column(name: str) -> np.ndarray:
+            return np.tile([float(getattr(s, name)) for s in scales], utterances)
+
+        scales = [s if s.alpha is not None else replace(s, alpha=alpha) for s in scales]
+        self.alpha, self.beta, self.lm_weight = map(column, ("alpha", "beta", "lm_weight"))
+        self.bonus, self.blank_scale = column("label_bonus"), column("blank_scale")
+        self.utterance = np.repeat(np.arange(utterances), len(scales))
+        # Rows with one key have the same cells: LM scales outside the softmax do not matter.
+        distinct, index = np.unique(self.alpha, return_inverse=True)
+        self.cell_key = self.utterance * len(distinct) + index
+        self.uses_beta = bool(self.beta.any())
+        self.uses_external = bool(self.lm_weight.any())
+        self._uses_bonus = bool(self.bonus.any())
+        self._forbidden = torch.tensor(list(forbidden_labels), dtype=torch.long)
+        # What LMs and bonus can add to a label at most: log-probs are not positive.
+        self.most_added = np.where((self.beta < 0) | (self.lm_weight < 0), np.inf, self.bonus)
+
+    def totals(
+        self, labels: torch.Tensor, rows: np.ndarray, nodes: np.ndarray, tree: PrefixTree
+    ) -> torch.Tensor:
+        """Totals of the labels after E hypotheses.
+
+        Args:
+            labels: log P(label) (E, L); changed in place and returned.
+            rows: In [0, R) (E).
+            nodes: Prefixes (E), with predictor and external LM computed.
+            tree: Of the prefixes.
+        """
+        if len(self._forbidden):
+            labels.index_fill_(1, self._forbidden.to(labels.device), -torch.inf)
+        if self.uses_beta:
+            labels.addcmul_(tree.pool.lm(nodes), self._of(self.beta, rows, labels))
+        if self.uses_external:
+            labels.addcmul_(tree.external_rows(nodes), self._of(self.lm_weight, rows, labels))
+        if self._uses_bonus:
+            labels += self._of(self.bonus, rows, labels)
+        return labels
+
+    @staticmethod
+    def _of(values: np.ndarray, rows: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(values[rows]).to(like)[:, None]
