@@ -30,6 +30,18 @@ class Entry:
 
 ENTRIES = (
     Entry(
+        "encoder",
+        "emformer",
+        "espnet_llm_plugin.encoder.emformer:EmformerEncoder",
+        "torchaudio's Emformer: segments, limited left context, right context; streams",
+    ),
+    Entry(
+        "encoder",
+        "streaming_conformer",
+        "espnet_llm_plugin.encoder.streaming_conformer:StreamingConformerEncoder",
+        "Conformer in chunks with causal convolution and optional look-ahead; streams",
+    ),
+    Entry(
         "model",
         "transducer",
         "espnet_llm_plugin.transducer.model:TransducerModel",
@@ -57,6 +69,7 @@ ENTRIES = (
 
 # Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
 CHOICES = {
+    "encoder": ("espnet2.tasks.asr", "encoder_choices"),
     "model": ("espnet2.tasks.asr", "model_choices"),
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),

@@ -13,6 +13,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 from torch import Tensor
 
+from espnet_llm_plugin.encoder.latency import log_latency
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.mwer import MWER
 from espnet_llm_plugin.transducer.nbest_scores import NBest, SequenceScores
@@ -90,6 +91,7 @@ class AbsTransducerModel(ESPnetASRModel):
             report_wer=False,
             **parts,
         )
+        log_latency(self.frontend, self.encoder)
         del self.criterion_att  # of the attention model that the base class believes this to be
         self.use_transducer_decoder = True
         self.ctc_weight = ctc_weight
