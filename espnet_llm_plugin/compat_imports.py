@@ -28,14 +28,22 @@ def cheap_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def paused_garbage_collector() -> Iterator[None]:
-    """Do not search for garbage: imports make hundreds of thousands of objects that all stay."""
+    """Do not search for garbage: imports make 750,000 objects, of which 98 % stay.
+
+    At the start of a process these are also left out of all later searches, of which training does
+    many and the end of the process one: 0.4 s each.
+    """
     enabled = gc.isenabled()
+    # Later, a discarded model might be among the objects that are never looked at again.
+    at_start = "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
         if enabled:
             gc.enable()
+            if at_start:
+                gc.freeze()
 
 
 def defer_g2p() -> None:

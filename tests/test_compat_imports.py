@@ -63,6 +63,19 @@ def test_garbage_collector_is_left_as_it_was(enabled):
         gc.enable()
 
 
+def test_what_is_imported_at_the_start_is_not_searched_for_garbage():
+    run_python(
+        "import gc\n"
+        "from espnet_llm_plugin.compat import import_quietly\n"
+        "import_quietly('espnet2.layers.utterance_mvn')\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "class Model: pass\n"
+        "model = Model()\n"
+        "import_quietly('espnet2.layers.global_mvn')\n"
+        "assert any(found is model for found in gc.get_objects())\n"
+    )
+
+
 MODULE = '''
 import abc
 import functools
