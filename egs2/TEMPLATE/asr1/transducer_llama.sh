@@ -1,0 +1,109 @@
+# shellcheck shell=bash
+# Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464).
+#
+#   read_options         the recipe's options as variables, all others for asr_llm.sh
+#   defaults CORPUS      what the user did not give, according to --mini
+#   data                 stages 1-5
+#   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
+#   transducer_llama     CTC model -> FT with a weak LM -> with --llm: the LLM adapted to the pieces,
+#                        fine-tuned and swapped in -> with --finetune_config: trained further so
+#
+# Experiments are called as their configuration or LLM. The array `common` is the recipe's own
+# options of asr_llm.sh.
+template=$(dirname "${BASH_SOURCE[0]}")
+common=() options=()
+mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
+ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
+shared_options="mini llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
+shared_options+=" tune_config inference_config finetune_config"
+
+read_options() { # names of the recipe's options, arguments
+    local names=" ${shared_options} $1 " name
+    shift
+    while [ $# -gt 0 ]; do
+        name=${1#--}
+        if [ "$1" = -h ] || [ "${name}" = help ]; then
+            sed -n '2,/^set/p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'
+            "${template}/asr_llm.sh" --help
+            exit 0
+        fi
+        [ $# -ge 2 ] || { echo "error: option $1 needs a value; see ./run.sh --help" >&2; exit 2; }
+        if [[ $1 == --* && ${names} == *" ${name} "* ]]; then
+            printf -v "${name}" '%s' "$2"
+        else
+            options+=("$1" "$2")
+        fi
+        shift 2
+    done
+    [ "${mini}" = true ] || [ "${mini}" = false ] ||
+        { echo "error: --mini is '${mini}'; expected true or false" >&2; exit 2; }
+}
+
+defaults() { # name of the corpus
+    local conf=conf/$1/mini
+    if [ "${mini}" = true ]; then
+        : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
+        : "${ctc_config:=${conf}/train_ctc.yaml}" "${asr_config:=${conf}/train_ft_weak.yaml}"
+        : "${lm_config:=${conf}/finetune_llm.yaml}" "${tune_config:=${conf}/tune.yaml}"
+        : "${inference_config:=conf/mini/decode.yaml}"
+    else
+        : "${datadir:=data}" "${expdir:=exp}" "${dumpdir:=dump}"
+        : "${ctc_config:=conf/ctc/train_ctc_conformer.yaml}"
+        : "${asr_config:=conf/transducer/train_ft_stateless.yaml}"
+        : "${lm_config:=conf/lm/finetune_causal_llm.yaml}"
+        : "${tune_config:=conf/librispeech/tune.yaml}"
+        : "${inference_config:=conf/librispeech/decode.yaml}"
+    fi
+}
+
+recipe() {
+    "${template}/asr_llm.sh" --datadir "${datadir}" --expdir "${expdir}" --dumpdir "${dumpdir}" \
+        --nj "${nj}" "${common[@]}" "${options[@]}" "$@"
+}
+
+data() { # options of local/data.sh
+    recipe --local_data_opts "--datadir ${datadir} --nj ${nj} $*"
+}
+
+tag_of() { basename "${1%.yaml}"; }
+
+lm() { # tag, options
+    recipe --skip_data_prep true --use_lm true --lm_tag "$1" --lm_train_text "${lm_train_text}" "${@:2}"
+}
+
+small_llm() { # configuration, number of pieces, text for them
+    local pieces=(--token_listdir "${datadir}/token_list_llm" --nbpe "$2" --bpe_train_text "$3")
+    recipe --stage 5 "${pieces[@]}"
+    lm "$(tag_of "$1")" --lm_config "$1" "${pieces[@]}"
+    llm=${expdir}/lm_$(tag_of "$1")/llm
+    llm_tag=small
+}
+
+asr() { # configuration, options
+    recipe --skip_data_prep true --asr_tag "$(tag_of "$1")" --asr_config "$1" \
+        --asr_args "${asr_args}" --inference_config "${inference_config}" --inference_tag decode "${@:2}"
+}
+
+transducer_llama() {
+    local init=() weak
+    weak=${expdir}/asr_$(tag_of "${asr_config}")
+    if [ "${ctc_config}" != none ]; then
+        asr "${ctc_config}"
+        init=(--ctc_init "${expdir}/asr_$(tag_of "${ctc_config}")")
+    fi
+    asr "${asr_config}" "${init[@]}" --tune_config "${tune_config}"
+    [ -n "${llm}" ] || return 0
+
+    local tag=${llm_tag:-$(basename "${llm}")}
+    local adapted=${expdir}/lm_${tag}/llm
+    lm "${tag}" --llm "${llm}" --lm_config "${lm_config}"
+    asr "${asr_config}" --skip_train true --swap_llm "${adapted}" --tune_config "${tune_config}" \
+        --inference_tag "decode_swap_${tag}"
+    [ -n "${finetune_config}" ] || return 0
+
+    # The weak model's predictor is left out of the initial values: the LLM is in its place.
+    asr "${finetune_config}" --tune_config "${tune_config}" \
+        --asr_tag "$(tag_of "${finetune_config}")_${tag}" \
+        --pretrained_model "${weak}/valid.loss.ave.pth:::decoder.predictor" \
+        --asr_args "${asr_args} --decoder_conf predictor_conf.llm=${adapted}"
+}

@@ -1,0 +1,67 @@
+"""Error rates by language of scored test sets, with their macro average."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Optional, Sequence
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, positive_int
+from espnet_llm_plugin.scoring.languages import comparison, score_languages
+from espnet_llm_plugin.scoring.table import markdown, plain
+from espnet_llm_plugin.scoring.units import CER, TER, WER
+
+NAME = "languages.json"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet_llm_plugin.bin.score_languages",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "directories",
+        nargs="+",
+        metavar="DIR",
+        help=f"scored decoding directories of one test set (of bin.score); each gets {NAME}",
+    )
+    parser.add_argument("--utt2lang", required=True, help="table '<utterance> <language>'")
+    parser.add_argument(
+        "--units", nargs="+", choices=(WER, CER, TER), default=[WER, CER], help="error rates"
+    )
+    parser.add_argument("--output", help="Markdown file for the tables that are printed")
+    parser.add_argument("--resamples", type=positive_int, default=RESAMPLES, help="bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Run the command line."""
+    args = get_parser().parse_args(cmd)
+    options = {"resamples": args.resamples, "seed": args.seed}
+    scored = {
+        unit: [score_languages(d, args.utt2lang, unit=unit, **options) for d in args.directories]
+        for unit in args.units
+    }
+    tables = {unit: comparison(rows) for unit, rows in scored.items()}
+    for index, directory in enumerate(args.directories):
+        with atomic_write(Path(directory) / NAME) as stream:
+            by_unit = {unit: rows[index].as_dict() for unit, rows in scored.items()}
+            json.dump(by_unit, stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
+    if args.output:
+        with atomic_write(args.output) as stream:
+            stream.write("\n".join(markdown(*table) for table in tables.values()))
+    print("\n".join(plain(*table) for table in tables.values()), end="")
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()
