@@ -85,35 +85,19 @@ tune_config=              # Grid of scales to try on the valid set; what inferen
 # END
 set -euo pipefail
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR
+. "${here}/options.sh"
+options() { sed -n '/^# OPTIONS/,/^# END/{/^#/!p;}' "${BASH_SOURCE[0]}"; }
 usage() {
-    sed -n -e '2,/^# OPTIONS/p' "$0" | sed -e 's/^# \{0,1\}//' -e '/^OPTIONS/d'
-    sed -n -e '/^# OPTIONS/,/^# END/p' "$0" | grep -v '^# ' |
-        sed -E 's/^([a-z0-9_]+)=("[^"]*"|[^ ]*) *# (.*)/--\1 [\2]|\3/' |
+    comment_of "${BASH_SOURCE[0]}" | grep -vx OPTIONS
+    options | sed -E 's/^([a-z0-9_]+)=("[^"]*"|[^ ]*) *# (.*)/--\1 [\2]|\3/' |
         awk -F '|' '{printf "  %-42s %s\n", $1, $2}'
 }
-
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') ($(basename "$0")) $*"; }
 
-die() {
-    echo "error: $*" >&2
-    exit 2
-}
-
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-options=" $(sed -n '/^# OPTIONS/,/^# END/{s/^\([a-z0-9_]*\)=.*/\1/p}' "${BASH_SOURCE[0]}" | tr '\n' ' ')"
 run_args="$*"
-while [ $# -gt 0 ]; do
-    name=${1#--}
-    name=${name//-/_}
-    case $1 in
-        -h | --help) usage; exit 0 ;;
-        --*) [[ ${options} == *" ${name} "* ]] || die "unknown option $1; see $0 --help" ;;
-        *) die "expected an option, got '$1'; see $0 --help" ;;
-    esac
-    [ $# -ge 2 ] || die "option $1 needs a value"
-    printf -v "${name}" '%s' "$2"
-    shift 2
-done
+read_options "$(options | sed 's/=.*//')" "$@"
 log "$0 ${run_args}"
 export python
 
@@ -207,6 +191,30 @@ logged() {
         tail -n 15 "${file}" >&2
         return 2
     fi
+}
+
+# Stages 6 and 10: shapes, and means and variances, of a training and a validation list, by parallel
+# jobs on the CPU that run COMMAND.
+collect_stats() { # directory, training list, validation list, options to aggregate with, COMMAND
+    local directory=$1 train=$2 valid=$3 aggregate=$4 jobs name input_dirs
+    shift 4
+    jobs=$(jobs_for "${train}" "${valid}")
+    for name in train valid; do
+        tool split_data --nj "${jobs}" --name ${name} --output_dir "${directory}/logdir" \
+            "${!name}" > /dev/null
+    done
+    run_jobs "${jobs}" "${directory}/logdir/stats.@JOB@.log" \
+        plugin "$@" --collect_stats true --batch_type unsorted --ngpu 0 \
+        --train_shape_file "${directory}/logdir/train.@JOB@.scp" \
+        --valid_shape_file "${directory}/logdir/valid.@JOB@.scp" \
+        --output_dir "${directory}/logdir/stats.@JOB@"
+    input_dirs=$(seq -f "--input_dir ${directory}/logdir/stats.%g" "${jobs}")
+    # shellcheck disable=SC2086
+    plugin -m espnet2.bin.aggregate_stats_dirs ${aggregate} ${input_dirs} --output_dir "${directory}"
+    for name in train valid; do
+        sed "s/\$/,$(wc -l < "${token_list}")/" "${directory}/${name}/text_shape" \
+            > "${directory}/${name}/text_shape.${token_type}"
+    done
 }
 
 # --- names ------------------------------------------------------------------------------------
@@ -345,30 +353,13 @@ if runs 6; then
             # shellcheck disable=SC2086
             tool prepare_lm_text --text ${lm_sources} --output "${lm_train_text}" \
                 --eval_text "${lm_dev_text}" "${lm_test_text}"
-            jobs=$(jobs_for "${lm_train_text}" "${lm_dev_text}")
-            for name in train dev; do
-                list=lm_${name}_text
-                tool split_data --nj "${jobs}" --name ${name} \
-                    --output_dir "${lm_stats_dir}/logdir" "${!list}" > /dev/null
-            done
             # shellcheck disable=SC2086
-            run_jobs "${jobs}" "${lm_stats_dir}/logdir/stats.@JOB@.log" \
-                plugin -m espnet2.bin.lm_train --collect_stats true ${lm_common} ${lm_llm_args} \
+            collect_stats "${lm_stats_dir}" "${lm_train_text}" "${lm_dev_text}" --skip_sum_stats \
+                -m espnet2.bin.lm_train ${lm_common} ${lm_llm_args} \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
-                --train_shape_file "${lm_stats_dir}/logdir/train.@JOB@.scp" \
-                --valid_shape_file "${lm_stats_dir}/logdir/dev.@JOB@.scp" \
-                --output_dir "${lm_stats_dir}/logdir/stats.@JOB@" --config "${lm_config}" ${lm_args} \
-                --batch_type unsorted --batch_size 512 --ngpu 0 \
+                --config "${lm_config}" ${lm_args} --batch_size 512 \
                 --model_conf extract_feats_in_collect_stats=false
-            input_dirs=$(seq -f "--input_dir ${lm_stats_dir}/logdir/stats.%g" "${jobs}")
-            # shellcheck disable=SC2086
-            plugin -m espnet2.bin.aggregate_stats_dirs --skip_sum_stats ${input_dirs} \
-                --output_dir "${lm_stats_dir}"
-            for name in train valid; do
-                sed "s/\$/,$(wc -l < "${token_list}")/" "${lm_stats_dir}/${name}/text_shape" \
-                    > "${lm_stats_dir}/${name}/text_shape.${token_type}"
-            done
             mark_done "${lm_stats_dir}/.done" "${mark}"
         fi
     fi
@@ -448,27 +439,10 @@ if runs 10; then
     if is_done "${asr_stats_dir}/.done" "${mark}"; then
         log "already done"
     else
-        jobs=$(jobs_for "${asr_train_dir}/wav.scp" "${asr_valid_dir}/wav.scp")
-        for name in train valid; do
-            directory=asr_${name}_dir
-            tool split_data --nj "${jobs}" --name ${name} \
-                --output_dir "${asr_stats_dir}/logdir" "${!directory}/wav.scp" > /dev/null
-        done
         # shellcheck disable=SC2086
-        run_jobs "${jobs}" "${asr_stats_dir}/logdir/stats.@JOB@.log" \
-            plugin -m espnet2.bin.asr_train --collect_stats true ${asr_common} \
-            --train_shape_file "${asr_stats_dir}/logdir/train.@JOB@.scp" \
-            --valid_shape_file "${asr_stats_dir}/logdir/valid.@JOB@.scp" \
-            --output_dir "${asr_stats_dir}/logdir/stats.@JOB@" --config "${asr_config}" ${asr_args} \
-            --batch_type unsorted --batch_size 16 --ngpu 0
+        collect_stats "${asr_stats_dir}" "${asr_train_dir}/wav.scp" "${asr_valid_dir}/wav.scp" "" \
+            -m espnet2.bin.asr_train ${asr_common} --config "${asr_config}" ${asr_args} --batch_size 16
         mark_done "${asr_stats_dir}/.frontend" "${frontend}"
-        input_dirs=$(seq -f "--input_dir ${asr_stats_dir}/logdir/stats.%g" "${jobs}")
-        # shellcheck disable=SC2086
-        plugin -m espnet2.bin.aggregate_stats_dirs ${input_dirs} --output_dir "${asr_stats_dir}"
-        for name in train valid; do
-            sed "s/\$/,$(wc -l < "${token_list}")/" "${asr_stats_dir}/${name}/text_shape" \
-                > "${asr_stats_dir}/${name}/text_shape.${token_type}"
-        done
         mark_done "${asr_stats_dir}/.done" "${mark}"
     fi
 fi

@@ -7,58 +7,46 @@
 # is adapted, it is fine-tuned on the transcripts, and it replaces the transducer's predictor, with
 # scales tuned on the validation set. Configurations: --ctc_config, --asr_config, --lm_config.
 # All other options are those of asr_llm.sh (--help), e.g. --stage 10 --token_type bpe --nbpe 500.
+
+# shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "$0")"
+. ../../TEMPLATE/asr1/options.sh
+usage() {
+    comment_of run.sh
+    ../../TEMPLATE/asr1/asr_llm.sh --help
+}
 
 train_dir="" valid_dir="" test_dirs="" llm="" drop_bad=false nj=4 expdir=exp datadir=data
 ctc_config=conf/custom/train_ctc.yaml
 asr_config=conf/custom/train_ft.yaml
 lm_config=conf/custom/finetune_llm.yaml
 tune_config=conf/custom/tune.yaml
-options=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        -h | --help)
-            sed -n '2,/^set/p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'
-            ../../TEMPLATE/asr1/asr_llm.sh --help
-            exit 0
-            ;;
-        --train_dir | --valid_dir | --test_dirs | --llm | --drop_bad | --nj | --expdir | --datadir | \
-            --ctc_config | --asr_config | --lm_config | --tune_config)
-            printf -v "${1#--}" '%s' "${2?option $1 needs a value}"
-            ;;
-        *) options+=("$1" "${2?option $1 needs a value}") ;;
-    esac
-    shift 2
-done
+forwarded=() # to asr_llm.sh
+read_options "train_dir valid_dir test_dirs llm drop_bad nj expdir datadir
+    ctc_config asr_config lm_config tune_config" "$@"
 for name in train_dir valid_dir test_dirs; do
-    [ -n "${!name}" ] || { echo "error: --${name} is missing; see ./run.sh --help" >&2; exit 2; }
+    [ -n "${!name}" ] || die "--${name} is missing; see ./run.sh --help"
 done
 
 # A test set is called as its directory.
 test_sets="" data_opts="--train ${train_dir} --valid ${valid_dir} --drop_bad ${drop_bad} --nj ${nj}"
 for directory in ${test_dirs}; do
     name=$(basename "${directory}")
-    case " train dev ${test_sets} " in
-        *" ${name} "*)
-            echo "error: --test_dirs has ${directory}, but there is already a set called" \
-                "'${name}'; rename the directory" >&2
-            exit 2
-            ;;
-    esac
+    [[ " train dev ${test_sets} " != *" ${name} "* ]] || die "--test_dirs has ${directory}, but" \
+        "there is already a set called '${name}'; rename the directory"
     test_sets="${test_sets:+${test_sets} }${name}"
     data_opts+=" --test ${directory}"
 done
 
 recipe() {
     ../../TEMPLATE/asr1/asr_llm.sh --test_sets "${test_sets}" --nj "${nj}" --token_type char \
-        --drop_bad "${drop_bad}" --expdir "${expdir}" --datadir "${datadir}" "${options[@]}" "$@"
+        --drop_bad "${drop_bad}" --expdir "${expdir}" --datadir "${datadir}" "${forwarded[@]}" "$@"
 }
 ft() {
     recipe --asr_tag ft --asr_config "${asr_config}" --ctc_init "${expdir}/asr_ctc" \
         --skip_data_prep true "$@"
 }
-
 recipe --asr_tag ctc --asr_config "${ctc_config}" \
     --local_data_opts "${data_opts} --datadir ${datadir}"
 ft
