@@ -350,7 +350,7 @@ def test_updates_lower_the_expected_word_errors(kind):
             return {k: float(v) for k, v in model.eval()(*data)[1].items()}
 
     before = expected_errors()
-    for _ in range(30):
+    for _ in range(40):
         model.train()
         optimizer.zero_grad()
         model(*data)[0].backward()
