@@ -9,7 +9,7 @@ from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, Difference, positive_
 from espnet_llm_plugin.scoring.evaluate import evaluate
 from espnet_llm_plugin.scoring.report import HEADER, percentage_cells
 from espnet_llm_plugin.scoring.table import plain
-from espnet_llm_plugin.scoring.units import TOKEN_TYPES
+from espnet_llm_plugin.token_list import TOKEN_TYPES
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -13,12 +13,10 @@ from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import read_lines
 from espnet_llm_plugin.data.problems import Problems
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.token_list import BLANK, SOS_EOS, UNK
 
 PathLike = Union[str, Path]
 
-BLANK = "<blank>"
-UNKNOWN = "<unk>"
-SOS_EOS = "<sos/eos>"
 BPE_MODES = ("unigram", "bpe")
 SENTENCEPIECE_SYMBOLS = 3  # <unk>, <s>, </s> come first in every model trained here
 
@@ -35,7 +33,7 @@ def read_transcripts(texts: Sequence[PathLike]) -> Iterator[str]:
 
 
 def _write_list(tokens: Sequence[str], output_dir: Path) -> list[str]:
-    tokens = [BLANK, UNKNOWN, *tokens, SOS_EOS]
+    tokens = [BLANK, UNK, *tokens, SOS_EOS]
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise UserError(

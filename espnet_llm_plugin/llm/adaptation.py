@@ -7,22 +7,21 @@ from typing import Any, Optional, Union
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm import perplexity
 from espnet_llm_plugin.llm.backbone import load_causal_lm, quiet_transformers, resolve_llm
-from espnet_llm_plugin.llm.directory import (
-    SOS_EOS,
-    UNK,
-    check_output_dir,
-    read_token_list,
-    save_llm,
-    write_directory,
-)
+from espnet_llm_plugin.llm.directory import check_output_dir, save_llm, write_directory
 from espnet_llm_plugin.llm.tokenizer import check_bpemodel, load_sentencepiece
 from espnet_llm_plugin.llm.vocabulary import (
     Mapping,
     SubwordVocabulary,
     adapt,
-    guess_token_type,
     map_tokens,
     special_rows,
+)
+from espnet_llm_plugin.token_list import (
+    BLANK,
+    SOS_EOS,
+    UNK,
+    guess_token_type,
+    read_token_list,
 )
 
 REPORT = "vocabulary_report"
@@ -153,7 +152,7 @@ def _within_positions(config: Any, native: list, adapted: list) -> list[int]:
 
 
 def _lower_case_share(tokenizer: Any, mapping: Mapping, kind: str) -> float:
-    lowered = [t if t in (UNK, SOS_EOS, "<blank>") else t.lower() for t in mapping.tokens]
+    lowered = [t if t in (BLANK, UNK, SOS_EOS) else t.lower() for t in mapping.tokens]
     again = map_tokens(lowered, SubwordVocabulary(tokenizer), token_type=kind)
     return again.statistics()["exact_match_share"]
 

@@ -210,7 +210,7 @@ class CausalLLM(AbsLM):
 def check_vocab_size(llm: str, vocab_size: int) -> None:
     """Refuse an LLM whose token list has another size than LMTask's.
 
-    LMTask passes no more than the size; ``check_token_list`` compares the tokens.
+    LMTask passes no more than the size; ``check_llm_tokens`` compares the tokens.
     """
     tokens = llm_tokens(llm)
     if len(tokens) != vocab_size:

@@ -12,50 +12,15 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import load_config, resolve_llm
+from espnet_llm_plugin.llm.tokenizer import build_tokenizer
 from espnet_llm_plugin.llm.weights import fingerprint
+from espnet_llm_plugin.token_list import guess_token_type, read_token_list
 
-BLANK, UNK, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 TOKENS_FILE = "tokens.txt"
 BPE_FILE = "bpe.model"
 
 
-def read_token_list(path: Union[str, Path]) -> list[str]:
-    """Read an ESPnet token list and check its form.
-
-    Raises:
-        UserError: Missing, not UTF-8, without ``<blank>`` first, ``<unk>`` second or ``<sos/eos>``
-            last, or with a repeated token.
-    """
-    path = Path(path)
-    try:
-        # rstrip() without arguments, as ESPnet's tasks read it
-        tokens = [line.rstrip() for line in path.open(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token list {path} cannot be read ({error}).") from None
-    check_tokens(tokens, str(path))
-    return tokens
-
-
-def check_tokens(tokens: Sequence[str], name: str) -> None:
-    """Check the form of a token list; ``name`` is for the message."""
-    for index, expected in ((0, BLANK), (1, UNK), (-1, SOS_EOS)):
-        if len(tokens) < 4 or tokens[index] != expected:
-            found = repr(tokens[index]) if len(tokens) >= 4 else f"{len(tokens)} tokens"
-            raise UserError(
-                f"token list {name}: expected {BLANK} first, {UNK} second, text tokens, and "
-                f"{SOS_EOS} last, as ESPnet writes it; found {found} in place of {expected}."
-            )
-    first_line: dict[str, int] = {}
-    for line, token in enumerate(tokens, start=1):
-        if token in first_line:
-            raise UserError(
-                f"token list {name}: token {token!r} is on line {first_line[token]} and again on "
-                f"line {line}; every token must be there once."
-            )
-        first_line[token] = line
-
-
-def check_token_list(
+def check_llm_tokens(
     llm_dir: Union[str, Path], token_list: Union[str, Path, Sequence[str]]
 ) -> None:
     """Check that the rows of an LLM directory are the tokens of an ASR token list.
@@ -136,8 +101,6 @@ def save_llm(
     """
     from transformers import GenerationConfig
 
-    from espnet_llm_plugin.llm.tokenizer import build_tokenizer
-
     set_special_ids(model.config, len(tokens))
     # The old generation settings name tokens of the old vocabulary.
     model.generation_config = GenerationConfig(
@@ -160,8 +123,6 @@ def save_llm(
 def _save_espnet_lm(directory: Path, tokens: Sequence[str], bpe: bool, final: Path) -> None:
     import torch
     import yaml
-
-    from espnet_llm_plugin.llm.vocabulary import guess_token_type
 
     conf = {
         "token_list": list(tokens),

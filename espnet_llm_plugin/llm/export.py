@@ -6,12 +6,8 @@ from typing import Union
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import quiet_transformers
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
-from espnet_llm_plugin.llm.directory import (
-    check_output_dir,
-    check_tokens,
-    save_llm,
-    write_directory,
-)
+from espnet_llm_plugin.llm.directory import check_output_dir, save_llm, write_directory
+from espnet_llm_plugin.token_list import check_tokens
 
 
 def export_llm(

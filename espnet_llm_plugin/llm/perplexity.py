@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.directory import SPACE, UNK
+from espnet_llm_plugin.token_list import SPACE, UNK
 
 
 @dataclass

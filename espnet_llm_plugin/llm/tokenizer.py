@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.directory import BLANK, SOS_EOS, UNK
+from espnet_llm_plugin.token_list import BLANK, SOS_EOS, UNK
 
 
 def load_sentencepiece(bpemodel: Union[str, Path]) -> Any:

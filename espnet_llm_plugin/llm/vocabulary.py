@@ -26,12 +26,16 @@ from typing import Any, Optional, Sequence
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.directory import BLANK, SOS_EOS, SPACE, UNK, check_token_list
-
-__all__ = ["OOV_INITS", "Mapping", "SubwordVocabulary", "adapt", "check_token_list", "map_tokens"]
+from espnet_llm_plugin.token_list import (
+    BLANK,
+    SOS_EOS,
+    SPACE,
+    TOKEN_TYPES,
+    UNK,
+    guess_token_type,
+)
 
 OOV_INITS = ("mean", "length_weighted_mean", "first", "random")
-TOKEN_TYPES = ("bpe", "char", "word")
 _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _META = "\u2581"  # sentencepiece's visible space
 _BLANK_BIAS = -1e4
@@ -146,16 +150,6 @@ class Mapping:
             "mean_subtokens_per_unmatched_piece": sum(split) / max(1, len(split)),
             "not_found": self.not_found,
         }
-
-
-def guess_token_type(tokens: Sequence[str]) -> str:
-    """``bpe`` if any token has a sentencepiece space, ``char`` if they are characters, or word."""
-    text = [t for t in tokens if t not in (BLANK, UNK, SOS_EOS)]
-    if any(_META in t for t in text):
-        return "bpe"
-    if SPACE in text or all(len(t) == 1 for t in text):
-        return "char"
-    return "word"
 
 
 def map_tokens(

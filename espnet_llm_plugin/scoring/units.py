@@ -11,8 +11,6 @@ from espnet_llm_plugin.errors import UserError
 
 WER, CER, TER = "wer", "cer", "ter"
 
-TOKEN_TYPES = ("bpe", "char", "word")
-
 Tokenizer = Callable[[str], list[str]]
 
 
@@ -72,7 +70,7 @@ def unknown_tokens(
     Args:
         texts: Transcripts.
         token_list: File of tokens, one a line.
-        token_type: How the model cuts text into tokens: one of ``TOKEN_TYPES``.
+        token_type: How the model cuts text into tokens: one of ``token_list.TOKEN_TYPES``.
         bpemodel: SentencePiece model of ``bpe``.
         non_linguistic_symbols: File of symbols that stay whole.
 

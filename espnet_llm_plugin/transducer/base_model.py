@@ -15,6 +15,7 @@ from torch import Tensor
 
 from espnet_llm_plugin.encoder.latency import log_latency
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.token_list import BLANK, SOS_EOS
 from espnet_llm_plugin.transducer.mwer import MWER
 from espnet_llm_plugin.transducer.nbest_scores import NBest, SequenceScores
 from espnet_llm_plugin.transducer.options import refuse_unknown
@@ -54,23 +55,25 @@ class Lattice(NamedTuple):
 class AbsTransducerModel(ESPnetASRModel):
     """An ESPnet model with transducer, auxiliary CTC and MWER losses and checks of its inputs.
 
-    Subclasses implement :meth:`lattice_nll` and :meth:`nbest_scores`.
+    Subclasses implement :meth:`lattice_nll` and :meth:`nbest_scores`. ``parts`` are the modules
+    that ESPnet's ``ASRTask.build_model`` passes, and any misspelt options.
     """
 
     def __init__(
         self,
+        name: str,
         vocab_size: int,
         token_list: Sequence[str],
         parts: Mapping[str, Any],
+        *,
         ctc_weight: float,
         max_labels_per_frame: float,
         mwer_weight: float,
         mwer_conf: Optional[Mapping[str, Any]],
-        unknown: Mapping[str, Any],
-        name: str,
     ):
+        unknown = {key: value for key, value in parts.items() if key not in _PARTS}
         refuse_unknown(f"model_conf of {name!r}", unknown, type(self).__init__, _PARTS)
-        check_token_list(token_list, vocab_size)
+        check_layout(token_list, vocab_size)
         if ctc_weight < 0:
             raise UserError(f"model_conf: ctc_weight must not be negative, got {ctc_weight}")
         if max_labels_per_frame <= 0:
@@ -277,15 +280,15 @@ def _some(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def check_token_list(token_list: Sequence[str], vocab_size: int) -> None:
+def check_layout(token_list: Sequence[str], vocab_size: int) -> None:
     """Raise :class:`UserError` unless blank is first, sos/eos last, and the size right."""
     if len(token_list) != vocab_size:
         raise UserError(
             f"the token list has {len(token_list)} tokens, but the model was built for {vocab_size}"
         )
-    if token_list[0] != "<blank>" or token_list[-1] != "<sos/eos>":
+    if token_list[0] != BLANK or token_list[-1] != SOS_EOS:
         raise UserError(
-            "the token list must begin with <blank> and end with <sos/eos>, but begins with "
+            f"the token list must begin with {BLANK} and end with {SOS_EOS}, but begins with "
             f"{token_list[0]!r} and ends with {token_list[-1]!r}"
         )
 

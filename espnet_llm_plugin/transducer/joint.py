@@ -4,23 +4,13 @@ B utterances, T frames, U labels, N prefixes, L labels, V = L + 2 tokens, D enco
 J joiner width. ``...`` are any broadcastable leading dimensions.
 """
 
-from typing import TYPE_CHECKING, Union
+from typing import Union
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.transducer.loss import BLANK_NORMS
-
-if TYPE_CHECKING:
-    from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
-
-
-def check_blank_norm(blank_norm: str) -> None:
-    """Raise :class:`UserError` for an unknown normalisation of the blank."""
-    if blank_norm not in BLANK_NORMS:
-        raise UserError(f"unknown blank_norm {blank_norm!r}; choose {' or '.join(BLANK_NORMS)}")
+from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 
 
 def posterior(
@@ -84,7 +74,7 @@ class FactorizedJoint:
     appears twice in a checkpoint.
     """
 
-    def __init__(self, decoder: "FactorizedTransducerDecoder"):
+    def __init__(self, decoder: FactorizedTransducerDecoder):
         self.decoder = decoder
 
     def __call__(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
+from espnet_llm_plugin.llm.directory import check_llm_tokens
 from espnet_llm_plugin.llm.state import PrefixLM
-from espnet_llm_plugin.transducer.predictors import AbsPredictor
+from espnet_llm_plugin.transducer.abs_predictor import AbsPredictor
 
 
 class LLMPredictor(AbsPredictor):
@@ -43,10 +44,8 @@ class LLMPredictor(AbsPredictor):
         self._prefix_lm: PrefixLM | None = None
 
     def check_token_list(self, token_list: Sequence[str]) -> None:
-        from espnet_llm_plugin.llm.vocabulary import check_token_list
-
         super().check_token_list(token_list)
-        check_token_list(self.llm.directory, token_list)
+        check_llm_tokens(self.llm.directory, token_list)
 
     @torch.no_grad()
     def forward(self, labels: Tensor) -> Tensor:

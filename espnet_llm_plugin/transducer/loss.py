@@ -135,6 +135,12 @@ def factorized_lattice(
     return F.logsigmoid(blank), label.masked_fill(no_label[:, None], -math.inf)
 
 
+def check_blank_norm(blank_norm: str) -> None:
+    """Raise :class:`UserError` for an unknown normalisation of the blank."""
+    if blank_norm not in BLANK_NORMS:
+        raise UserError(f"blank_norm is {blank_norm!r}; use one of {', '.join(BLANK_NORMS)}.")
+
+
 class _Lengths(NamedTuple):
     frames: list[int]
     targets: list[int]
@@ -151,8 +157,7 @@ def _check(
     blank_norm: str,
 ) -> _Lengths:
     """Refuse what does not fit together; the lengths as Python integers."""
-    if blank_norm not in BLANK_NORMS:
-        raise UserError(f"blank_norm is {blank_norm!r}; use one of {', '.join(BLANK_NORMS)}.")
+    check_blank_norm(blank_norm)
     if not (math.isfinite(lm_scale) and lm_scale >= 0):
         raise UserError(f"lm_scale is {lm_scale}; it must be a finite number, zero or more.")
     if acoustic.dim() != 3 or 0 in acoustic.shape:

@@ -43,21 +43,14 @@ class TransducerModel(AbsTransducerModel):
         self,
         vocab_size: int,
         token_list: Sequence[str],
-        frontend: Optional[torch.nn.Module],
-        specaug: Optional[torch.nn.Module],
-        normalize: Optional[torch.nn.Module],
-        preencoder: Optional[torch.nn.Module],
-        encoder: torch.nn.Module,
-        postencoder: Optional[torch.nn.Module],
         decoder: torch.nn.Module,
-        ctc: torch.nn.Module,
         joint_network: Optional[torch.nn.Module],
         ctc_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
         mwer_weight: float = 0.0,
         mwer_conf: Optional[dict] = None,
         acoustic_residual: bool = False,
-        **unknown: Any,
+        **parts: Any,
     ):
         if not isinstance(decoder, TransducerDecoder) or joint_network is None:
             raise UserError(
@@ -65,24 +58,14 @@ class TransducerModel(AbsTransducerModel):
                 f"got {type(decoder).__name__}"
             )
         super().__init__(
+            "transducer",
             vocab_size,
             token_list,
-            dict(
-                frontend=frontend,
-                specaug=specaug,
-                normalize=normalize,
-                preencoder=preencoder,
-                encoder=encoder,
-                postencoder=postencoder,
-                decoder=decoder,
-                ctc=ctc,
-            ),
-            ctc_weight,
-            max_labels_per_frame,
-            mwer_weight,
-            mwer_conf,
-            unknown,
-            "transducer",
+            {"decoder": decoder, **parts},
+            ctc_weight=ctc_weight,
+            max_labels_per_frame=max_labels_per_frame,
+            mwer_weight=mwer_weight,
+            mwer_conf=mwer_conf,
         )
         if acoustic_residual:
             joint_network = ResidualJoint(joint_network, joint_network.lin_enc.in_features)
@@ -132,21 +115,14 @@ class FactorizedTransducerModel(AbsTransducerModel):
         self,
         vocab_size: int,
         token_list: Sequence[str],
-        frontend: Optional[torch.nn.Module],
-        specaug: Optional[torch.nn.Module],
-        normalize: Optional[torch.nn.Module],
-        preencoder: Optional[torch.nn.Module],
-        encoder: torch.nn.Module,
-        postencoder: Optional[torch.nn.Module],
         decoder: torch.nn.Module,
-        ctc: torch.nn.Module,
         joint_network: Optional[torch.nn.Module] = None,
         ctc_weight: float = 0.0,
         ilm_weight: float = 0.0,
         max_labels_per_frame: float = 1.0,
         mwer_weight: float = 0.0,
         mwer_conf: Optional[dict] = None,
-        **unknown: Any,
+        **parts: Any,
     ):
         if not isinstance(decoder, FactorizedTransducerDecoder):
             raise UserError(
@@ -154,24 +130,14 @@ class FactorizedTransducerModel(AbsTransducerModel):
                 f"{type(decoder).__name__}"
             )
         super().__init__(
+            "factorized_transducer",
             vocab_size,
             token_list,
-            dict(
-                frontend=frontend,
-                specaug=specaug,
-                normalize=normalize,
-                preencoder=preencoder,
-                encoder=encoder,
-                postencoder=postencoder,
-                decoder=decoder,
-                ctc=ctc,
-            ),
-            ctc_weight,
-            max_labels_per_frame,
-            mwer_weight,
-            mwer_conf,
-            unknown,
-            "factorized_transducer",
+            {"decoder": decoder, **parts},
+            ctc_weight=ctc_weight,
+            max_labels_per_frame=max_labels_per_frame,
+            mwer_weight=mwer_weight,
+            mwer_conf=mwer_conf,
         )
         decoder.predictor.check_token_list(token_list)
         if ilm_weight < 0:

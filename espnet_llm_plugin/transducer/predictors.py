@@ -1,75 +1,17 @@
-"""Non-blank predictors of the factorized transducer: language models over the labels.
+"""Non-blank predictors of the factorized transducer, by name; here those that it trains itself.
 
-B utterances, U labels, N prefixes, L labels in the vocabulary (token ids 1..L; a label is its
-token id minus 1; ``<blank>`` and ``<sos/eos>`` are not labels), E embedding width, H units.
+B utterances, U labels, N prefixes, L labels in the vocabulary, E embedding width, H units.
 """
 
-from abc import ABC, abstractmethod
 from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.transducer.options import refuse_unknown
-
-
-class AbsPredictor(torch.nn.Module, ABC):
-    """A language model over the labels, usable teacher-forced and prefix by prefix.
-
-    Both ways give the same log-probabilities. Prefix states are opaque, belong to one prefix
-    each, are never modified in place, and prefixes of different lengths may be extended in one
-    call.
-    """
-
-    def __init__(self, num_labels: int):
-        super().__init__()
-        self.num_labels = num_labels
-
-    @abstractmethod
-    def forward(self, labels: Tensor) -> Tensor:
-        """Teacher-forced log-probabilities.
-
-        Args:
-            labels: (B, U) in [0, L); rows are right-padded with any valid label.
-
-        Returns:
-            (B, U+1, L) log-softmax over the labels; position u has seen ``labels[:, :u]``.
-        """
-
-    @abstractmethod
-    def start(self, device: torch.device) -> tuple[Tensor, Any]:
-        """Log-probabilities (L,) of the first label, and the state of the empty prefix."""
-
-    @abstractmethod
-    def extend(self, labels: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
-        """Append one label to each of N prefixes.
-
-        Args:
-            labels: (N,) labels in [0, L).
-            states: the states of the N prefixes, without these labels.
-
-        Returns:
-            (N, L) log-probabilities of the label after, and the N new states.
-        """
-
-    def check_token_list(self, token_list: Sequence[str]) -> None:
-        """Raise :class:`UserError` if this predictor was made for another token list."""
-        if len(token_list) != self.num_labels + 2:
-            raise UserError(
-                f"the predictor has {self.num_labels} labels, but the token list has "
-                f"{len(token_list)} tokens: expected {self.num_labels + 2} (the labels, <blank> "
-                "and <sos/eos>)"
-            )
-
-    def train(self, mode: bool = True) -> "AbsPredictor":
-        """Set training mode, but keep a frozen predictor in evaluation mode (no dropout)."""
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
-
-
-def as_history(labels: Tensor) -> Tensor:
-    """Labels (B, U) -> inputs (B, U+1) with 0 = start of utterance, label + 1 = token id."""
-    return torch.nn.functional.pad(labels + 1, (1, 0))
+from espnet_llm_plugin.options import refuse_unknown
+from espnet_llm_plugin.transducer.abs_predictor import AbsPredictor, as_history
+from espnet_llm_plugin.transducer.llm_predictor import LLMPredictor
 
 
 class StatelessPredictor(AbsPredictor):
@@ -148,11 +90,8 @@ class LSTMPredictor(AbsPredictor):
         return log_probs[:, 0], list(zip(hidden.unbind(1), cell.unbind(1)))
 
 
-def _predictor_classes() -> dict[str, type[AbsPredictor]]:
-    # imported here: transformers takes seconds to import and only one predictor needs it
-    from espnet_llm_plugin.transducer.llm_predictor import LLMPredictor
-
-    return {"stateless": StatelessPredictor, "lstm": LSTMPredictor, "llm": LLMPredictor}
+PREDICTORS = {"stateless": StatelessPredictor, "lstm": LSTMPredictor, "llm": LLMPredictor}
+_RESERVED = ("self", "num_labels")
 
 
 def build_predictor(name: str, num_labels: int, **conf: Any) -> AbsPredictor:
@@ -166,11 +105,8 @@ def build_predictor(name: str, num_labels: int, **conf: Any) -> AbsPredictor:
     Raises:
         UserError: unknown predictor or option; the message names the valid ones.
     """
-    classes = _predictor_classes()
-    if name not in classes:
-        raise UserError(f"unknown predictor {name!r}; choose one of: {', '.join(classes)}")
-    refuse_unknown(f"predictor_conf of {name!r}", conf, classes[name].__init__, _RESERVED)
-    return classes[name](num_labels, **conf)
-
-
-_RESERVED = ("self", "num_labels")
+    if name not in PREDICTORS:
+        raise UserError(f"unknown predictor {name!r}; choose one of: {', '.join(PREDICTORS)}")
+    cls = PREDICTORS[name]
+    refuse_unknown(f"predictor_conf of {name!r}", conf, cls.__init__, _RESERVED)
+    return cls(num_labels, **conf)

@@ -10,8 +10,9 @@ from typing import Any, Mapping, Optional, Union
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.abs_predictor import AbsPredictor
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
-from espnet_llm_plugin.transducer.predictors import AbsPredictor, build_predictor
+from espnet_llm_plugin.transducer.predictors import build_predictor
 
 _PREFIX = "decoder.predictor."
 

@@ -10,7 +10,7 @@ import torch
 
 from espnet_llm_plugin.bin import adapt_vocabulary
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.directory import check_token_list
+from espnet_llm_plugin.llm.directory import check_llm_tokens
 from tests.llm.tiny import TEXT, char_tokens, save_llm_dir, tiny_tokenizer, train_sentencepiece
 
 
@@ -40,7 +40,7 @@ def test_writes_an_llm_over_the_token_list(files, tmp_path, capsys):
 
     out = tmp_path / "out"
     assert run(files, out) == 0
-    check_token_list(out, files["token_list"])
+    check_llm_tokens(out, files["token_list"])
     assert (out / "bpe.model").read_bytes() == files["bpemodel"].read_bytes()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     tokens = (out / "tokens.txt").read_text(encoding="utf-8").split("\n")[:-1]

@@ -9,7 +9,7 @@ import yaml
 from espnet_llm_plugin.bin import export_llm
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
-from espnet_llm_plugin.llm.directory import check_token_list
+from espnet_llm_plugin.llm.directory import check_llm_tokens
 from tests.llm.tiny import TEXT, char_tokens, save_adapted_dir, train_sentencepiece
 
 SMALL = {
@@ -81,7 +81,7 @@ def test_round_trip_from_scratch(tied, tmp_path, capsys):
     lm = write_lm(tmp_path / "exp", tokens, conf)
     assert run(tmp_path / "exp", tmp_path / "llm") == 0
     assert "12 tokens; no tokenizer: the token list has no sentencepiece" in capsys.readouterr().out
-    check_token_list(tmp_path / "llm", tokens)
+    check_llm_tokens(tmp_path / "llm", tokens)
     ids = [11, 4, 5, 6]
     expected = logits(lm.llm, ids)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")

@@ -14,7 +14,7 @@ import yaml
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
 from espnet_llm_plugin.llm.directory import (
-    check_token_list,
+    check_llm_tokens,
     llm_tokens,
     read_token_list,
     write_directory,
@@ -63,24 +63,24 @@ class TestTokenList:
 
 class TestCheckTokenList:
     def test_same(self, adapted, tmp_path):
-        check_token_list(adapted, char_tokens())
-        check_token_list(adapted, write(tmp_path / "tokens.txt", char_tokens()))
+        check_llm_tokens(adapted, char_tokens())
+        check_llm_tokens(adapted, write(tmp_path / "tokens.txt", char_tokens()))
 
     def test_other_length(self, adapted):
         tokens = char_tokens()
         with pytest.raises(UserError, match="12 tokens against 11.*adapt_vocabulary"):
-            check_token_list(adapted, [*tokens[:-2], "<sos/eos>"])
+            check_llm_tokens(adapted, [*tokens[:-2], "<sos/eos>"])
 
     def test_other_token(self, adapted, tmp_path):
         tokens = char_tokens()
         tokens[4] = "x"
         file = write(tmp_path / "tokens.txt", tokens)
         with pytest.raises(UserError, match="tokens.txt: token 4 is 'e' against 'x'"):
-            check_token_list(adapted, file)
+            check_llm_tokens(adapted, file)
 
     def test_llm_as_downloaded(self, tmp_path):
         with pytest.raises(UserError, match="no tokens.txt.*adapt_vocabulary"):
-            check_token_list(save_llm_dir(tmp_path), char_tokens())
+            check_llm_tokens(save_llm_dir(tmp_path), char_tokens())
 
     def test_put_together_by_hand(self, tmp_path):
         directory = save_llm_dir(tmp_path)

@@ -9,10 +9,11 @@ import torch
 from espnet_llm_plugin.llm.adaptation import adapt_llm, load_tokenizer
 from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
-from espnet_llm_plugin.llm.directory import llm_tokens, read_token_list
+from espnet_llm_plugin.llm.directory import llm_tokens
 from espnet_llm_plugin.llm.perplexity import asr_tokenizer, read_text, score_text
 from espnet_llm_plugin.llm.tokenizer import load_sentencepiece
 from espnet_llm_plugin.llm.vocabulary import SubwordVocabulary, adapt
+from espnet_llm_plugin.token_list import read_token_list
 from tests.contracts.sentences import SENTENCES
 from tests.contracts.vocabulary_contract import VocabularyContract
 from tests.llm.tiny import save_llm_dir, tiny_model, train_sentencepiece

@@ -3,8 +3,8 @@
 import pytest
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.directory import read_token_list
 from espnet_llm_plugin.llm.tokenizer import build_tokenizer, check_bpemodel, load_sentencepiece
+from espnet_llm_plugin.token_list import read_token_list
 from tests.contracts.sentences import SENTENCES
 from tests.llm.tiny import TEXT, train_sentencepiece
 

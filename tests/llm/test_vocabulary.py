@@ -8,10 +8,10 @@ from espnet_llm_plugin.llm.vocabulary import (
     OOV_INITS,
     SubwordVocabulary,
     adapt,
-    guess_token_type,
     map_tokens,
     special_rows,
 )
+from espnet_llm_plugin.token_list import guess_token_type
 from tests.llm.tiny import FAMILIES, TEXT, tiny_model, tiny_tokenizer
 
 TOKENS = [

@@ -173,7 +173,7 @@ def test_every_parameter_gets_a_gradient():
     "conf, message",
     [
         (dict(predictor="gru"), "unknown predictor 'gru'; choose one of: stateless, lstm, llm"),
-        (dict(blank_norm="tanh"), "unknown blank_norm 'tanh'; choose sigmoid or softmax"),
+        (dict(blank_norm="tanh"), "blank_norm is 'tanh'; use one of sigmoid, softmax"),
         (dict(lm_scal=1), "decoder_conf of 'factorized_transducer': unknown option 'lm_scal'; "),
         (dict(a=1, b=2), "unknown options 'a', 'b'; valid options: predictor, predictor_conf, jo"),
         (dict(predictor_conf={"dim": 1}), "predictor_conf of 'stateless': unknown option 'dim'"),
