@@ -30,7 +30,7 @@ setup(
         "kaldiio",
         "jiwer>=4,<5",
         "rapidfuzz",
-        "soundfile",
+        "soundfile>=0.13",
         "soxr",
         "tqdm",
         "pyyaml",

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
 # Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464).
 #
-#   read_options         the recipe's options as variables, all others for asr_llm.sh
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5
 #   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
@@ -11,36 +10,24 @@
 # Experiments are called as their configuration or LLM. The array `common` is the recipe's own
 # options of asr_llm.sh.
 template=$(dirname "${BASH_SOURCE[0]}")
-common=() options=()
+# shellcheck source-path=SCRIPTDIR
+. "${template}/options.sh"
+common=() forwarded=()
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
 ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
+finetune_model=valid.loss.ave.pth
+# For read_options, beside the recipe's own.
 shared_options="mini llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
-shared_options+=" tune_config inference_config finetune_config"
+shared_options+=" tune_config inference_config finetune_config finetune_model"
 
-read_options() { # names of the recipe's options, arguments
-    local names=" ${shared_options} $1 " name
-    shift
-    while [ $# -gt 0 ]; do
-        name=${1#--}
-        if [ "$1" = -h ] || [ "${name}" = help ]; then
-            sed -n '2,/^set/p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//'
-            "${template}/asr_llm.sh" --help
-            exit 0
-        fi
-        [ $# -ge 2 ] || { echo "error: option $1 needs a value; see ./run.sh --help" >&2; exit 2; }
-        if [[ $1 == --* && ${names} == *" ${name} "* ]]; then
-            printf -v "${name}" '%s' "$2"
-        else
-            options+=("$1" "$2")
-        fi
-        shift 2
-    done
-    [ "${mini}" = true ] || [ "${mini}" = false ] ||
-        { echo "error: --mini is '${mini}'; expected true or false" >&2; exit 2; }
+usage() {
+    comment_of run.sh
+    "${template}/asr_llm.sh" --help
 }
 
 defaults() { # name of the corpus
     local conf=conf/$1/mini
+    [ "${mini}" = true ] || [ "${mini}" = false ] || die "--mini is '${mini}'; expected true or false"
     if [ "${mini}" = true ]; then
         : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
         : "${ctc_config:=${conf}/train_ctc.yaml}" "${asr_config:=${conf}/train_ft_weak.yaml}"
@@ -58,7 +45,7 @@ defaults() { # name of the corpus
 
 recipe() {
     "${template}/asr_llm.sh" --datadir "${datadir}" --expdir "${expdir}" --dumpdir "${dumpdir}" \
-        --nj "${nj}" "${common[@]}" "${options[@]}" "$@"
+        --nj "${nj}" "${common[@]}" "${forwarded[@]}" "$@"
 }
 
 data() { # options of local/data.sh
@@ -96,7 +83,7 @@ transducer_llama() {
 
     local tag=${llm_tag:-$(basename "${llm}")}
     local adapted=${expdir}/lm_${tag}/llm
-    lm "${tag}" --llm "${llm}" --lm_config "${lm_config}"
+    lm "${tag}" --llm "${llm}" --lm_config "${lm_config#none}"
     asr "${asr_config}" --skip_train true --swap_llm "${adapted}" --tune_config "${tune_config}" \
         --inference_tag "decode_swap_${tag}"
     [ -n "${finetune_config}" ] || return 0
@@ -105,5 +92,6 @@ transducer_llama() {
     asr "${finetune_config}" --tune_config "${tune_config}" \
         --asr_tag "$(tag_of "${finetune_config}")_${tag}" \
         --pretrained_model "${weak}/valid.loss.ave.pth:::decoder.predictor" \
+        --inference_asr_model "${finetune_model}" \
         --asr_args "${asr_args} --decoder_conf predictor_conf.llm=${adapted}"
 }

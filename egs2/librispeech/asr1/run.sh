@@ -8,18 +8,20 @@
 #   --train_set NAME     train_960, train_460 or train_clean_100
 #   --llm LLM            adapted to the pieces, fine-tuned on the LM text and swapped in
 #   --lm_text FILE       librispeech-lm-norm.txt.gz; `download`, or `none`: the transcripts
-#   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model)
-#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml
+#   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;
+#                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
+#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
+#   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
 # All other options are those of asr_llm.sh, e.g. --ngpu 1 --stage 10:
-#
+
+# shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "$0")"
-# shellcheck source-path=SCRIPTDIR
 . ../../TEMPLATE/asr1/transducer_llama.sh
 
 librispeech=none download_dir=downloads train_set=train_960 lm_text=download
-read_options "librispeech download_dir train_set lm_text" "$@"
+read_options "${shared_options} librispeech download_dir train_set lm_text" "$@"
 defaults librispeech
 
 data_options="--train_set ${train_set}"

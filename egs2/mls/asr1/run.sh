@@ -9,18 +9,20 @@
 #                        (0: all alike; 1: as they are; none: every utterance once an epoch)
 #   --llm LLM            adapted to the pieces, fine-tuned on the transcripts and swapped in
 #   --lm_train_text "FILE ..."     other text for it, lines `id sentence`
-#   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model)
-#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml
+#   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;
+#                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
+#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
+#   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
 # All other options are those of asr_llm.sh, e.g. --ngpu 1 --stage 10:
-#
+
+# shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "$0")"
-# shellcheck source-path=SCRIPTDIR
 . ../../TEMPLATE/asr1/transducer_llama.sh
 
 mls="" langs="en de nl fr es it pt pl" balance=0.5 stop_stage=13
-read_options "mls langs balance lm_train_text stop_stage" "$@"
+read_options "${shared_options} mls langs balance lm_train_text stop_stage" "$@"
 defaults mls
 common=(--stop_stage "${stop_stage}" --bpe_train_text "${datadir}/balanced_text")
 if [ "${mini}" = true ]; then
@@ -30,8 +32,7 @@ elif [ -n "${mls}" ]; then
     common+=(--nbpe 5000)
     data_options="--mls ${mls}"
 else
-    echo "error: --mls is missing; see ./run.sh --help" >&2
-    exit 2
+    die "--mls is missing; see ./run.sh --help"
 fi
 [ "${balance}" = none ] ||
     asr_args+=" --iterator_type category --batch_type catpow --upsampling_factor ${balance}

@@ -104,7 +104,10 @@ def _speak(files: Sequence[Spoken], root: Path, first: int) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         contents = io.BytesIO()  # soundfile's own writing does not notice a full disk
         kind = ("OGG", "OPUS") if path.suffix == ".opus" else ("FLAC", "PCM_16")
-        soundfile.write(contents, wave, SAMPLE_RATE, format=kind[0], subtype=kind[1])
+        # No compression: half the time, and these files are few.
+        soundfile.write(
+            contents, wave, SAMPLE_RATE, format=kind[0], subtype=kind[1], compression_level=0.0
+        )
         path.write_bytes(contents.getbuffer())
         durations[spoken.path] = len(wave) / SAMPLE_RATE
     return durations

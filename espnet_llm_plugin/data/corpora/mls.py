@@ -187,7 +187,8 @@ def _read_columns(path: Path, columns: int, problems: Problems) -> dict[str, lis
     for number, line in read_lines(path, problems):
         key, *values = line.split("\t")
         # `read_lines` takes the tab before an empty last column away.
-        values += [""] * (columns == 2 and not values)
+        if columns == 2 and not values and len(key.split()) == 1:
+            values = [""]
         if not key or len(values) != columns - 1:
             problems.add(
                 f"not {columns} columns separated by tabs", key or "", f"{path.name}:{number}"
