@@ -315,6 +315,19 @@ class StreamingContract:
         for one, other in zip(*gradients):
             assert_same(one, other)
 
+    def test_mixed_precision(self, default):
+        """As ESPnet trains with ``use_amp: true``; ended utterances leave fully masked blocks."""
+        x, lengths = frames(90, 9)
+        x, encoder = x.nan_to_num().float(), default.float()
+        expected = encoder(x, lengths)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = encoder(x, lengths)[0]
+            streamed, _ = stream(encoder, x, [50, 40], lengths)
+        torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(streamed.float(), expected, rtol=0.1, atol=0.1)
+        actual.square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
+
     # errors
 
     @pytest.mark.parametrize(
