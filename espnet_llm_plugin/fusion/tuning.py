@@ -1,7 +1,8 @@
 """Choose the scales of a search on held-out utterances: the error rate at every point of a grid.
 
-All points of the grid are searched side by side: an utterance is encoded once, predictor and LM
-run once for a prefix whatever the number of points, and a frame is one batch of tensors.
+All points of the grid are searched side by side, for several utterances at once: an utterance is
+encoded once, predictor and LM run once for a prefix whatever the number of points, and a frame is
+one batch of tensors.
 """
 
 import itertools
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Optional, Protocol, Sequence
 
 import jiwer
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
@@ -19,18 +21,28 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
 AXES = ("alpha", "beta", "lm_weight", "label_bonus")
-# More settings in one batch do not save time, but take memory (settings x beam x labels).
-SIDE_BY_SIDE = 64
+# More rows in one batch do not save time, but take memory (rows x beam x labels).
+SIDE_BY_SIDE = 128
 
 
 class Search(Protocol):
     """``TransducerSearch`` or ``CTCSearch``."""
 
+    takes_batches: bool
+
     def start(
-        self, scales: Sequence[Scales], tree: Optional["PrefixTree"] = None
+        self,
+        scales: Sequence[Scales],
+        tree: Optional["PrefixTree"] = None,
+        utterances: int = 1,
     ) -> SearchState: ...
 
-    def step(self, state: SearchState, encoder_out: torch.Tensor) -> SearchState: ...
+    def step(
+        self,
+        state: SearchState,
+        encoder_out: torch.Tensor,
+        lengths: Optional[torch.Tensor] = None,
+    ) -> SearchState: ...
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,38 @@ def make_grid(
 
 def search_grid(
     search: Search,
-    encoder_out: torch.Tensor,
+    encoded: Sequence[torch.Tensor],
     grid: Sequence[Scales],
     normalize_length: bool = False,
     side_by_side: int = SIDE_BY_SIDE,
-) -> list[Hypothesis]:
-    """The best hypothesis of one utterance (T, D) at every point of ``grid``."""
-    best: list[Hypothesis] = []
+) -> list[list[Hypothesis]]:
+    """The best hypothesis of every utterance at every point.
+
+    Args:
+        search: Of the model.
+        encoded: Encoder outputs (T, D) of N utterances.
+        grid: P points.
+        normalize_length: Rank by the score per symbol.
+        side_by_side: Rows (utterances times points) searched at once.
+
+    Returns:
+        N lists of P hypotheses.
+    """
+    if not search.takes_batches and len(encoded) > 1:
+        return [search_grid(search, [one], grid, normalize_length)[0] for one in encoded]
+    lengths = torch.tensor([len(one) for one in encoded])
+    padded = pad_sequence(list(encoded), batch_first=True)
+    points = max(1, side_by_side // len(encoded))
+    best: list[list[Hypothesis]] = [[] for _ in encoded]
     tree = None
-    for first in range(0, len(grid), side_by_side):
-        state = search.start(grid[first : first + side_by_side], tree)
-        state = search.step(state, encoder_out)
+    for first in range(0, len(grid), points):
+        settings = grid[first : first + points]
+        state = search.start(settings, tree, utterances=len(encoded))
+        state = search.step(state, padded, lengths)
         tree = state.tree
-        best += [hyps[0] for hyps in state.nbest(1, normalize_length)]
+        lists = state.nbest(1, normalize_length)
+        for i, found in enumerate(best):
+            found += [hyps[0] for hyps in lists[i * len(settings) : (i + 1) * len(settings)]]
     return best
 
 

@@ -77,6 +77,8 @@ class CTCSearch:
         max_prefixes: See :class:`~espnet_llm_plugin.transducer.prefix_tree.PrefixTree`.
     """
 
+    takes_batches = False
+
     def __init__(
         self,
         ctc: torch.nn.Module,
@@ -102,9 +104,27 @@ class CTCSearch:
         state = self.start([scales or Scales()])
         return self.step(state, encoder_out).nbest(nbest, normalize_length)[0]
 
+    def batch(
+        self,
+        encoder_out: torch.Tensor,
+        lengths: torch.Tensor,
+        scales: Optional[Scales] = None,
+        nbest: int = 1,
+        normalize_length: bool = False,
+    ) -> list[list[Hypothesis]]:
+        """Search utterances (B, T, D) with ``lengths`` (B,) frames one after the other."""
+        return [
+            self(one[:length], scales, nbest, normalize_length)
+            for one, length in zip(encoder_out, lengths.tolist())
+        ]
+
     @torch.inference_mode()
-    def start(self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None) -> SearchState:
+    def start(
+        self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None, utterances: int = 1
+    ) -> SearchState:
         """State before the first frame, for G settings; ``tree``: of an earlier search."""
+        if utterances != 1:
+            raise ValueError(f"{utterances} utterances: the CTC search takes one at a time")
         if tree is None:
             tree = PrefixTree(None, self.num_labels, self.external_lm, self.max_prefixes)
         state = SearchState.start(tree, scales, utterances=1)
@@ -119,8 +139,20 @@ class CTCSearch:
         return state
 
     @torch.inference_mode()
-    def step(self, state: SearchState, encoder_out: torch.Tensor) -> SearchState:
-        """Search the next chunk (T, D); chunks one after another equal all frames at once."""
+    def step(
+        self,
+        state: SearchState,
+        encoder_out: torch.Tensor,
+        lengths: Optional[torch.Tensor] = None,
+    ) -> SearchState:
+        """Search the next chunk (T, D) or (1, T, D), of which ``lengths`` (1,) frames count.
+
+        Chunks one after another equal all frames at once.
+        """
+        if encoder_out.dim() == 3:
+            encoder_out = encoder_out[0]
+        if lengths is not None:
+            encoder_out = encoder_out[: int(lengths[0])]
         log_probs = self.ctc.log_softmax(encoder_out[None])[0].float()
         state = state.copy()
         scaled = RowScales(state.scales, utterances=1)

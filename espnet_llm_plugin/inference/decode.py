@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, Iterator, Sequence
 
 import torch
 from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
+from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.loading import load_asr, load_lm
 from espnet_llm_plugin.inference.options import (
     add_model_options,
@@ -84,7 +85,13 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         asr,
         lm,
         scales=default_scales(
-            asr, args.alpha, args.beta, bonus_of(args), args.lm_weight if lm is not None else 0.0
+            asr,
+            args.alpha,
+            args.beta,
+            bonus_of(args),
+            lm_weight=args.lm_weight if lm is not None else 0.0,
+            ilm_weight=args.ilm_weight,
+            blank_scale=args.blank_scale,
         ),
         beam_size=args.beam_size,
         max_symbols_per_frame=args.max_symbols_per_frame,
@@ -98,12 +105,15 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         key_file=args.key_file,
         dtype=args.dtype,
     )
-    logging.info(f"{len(data)} utterances, {recognizer.scales}, beam {args.beam_size}")
+    logging.info(
+        f"{len(data)} utterances in batches of {args.batch_size}, {recognizer.scales}, "
+        f"beam {args.beam_size}"
+    )
     writer = ResultWriter(
         args.output_dir, identity(args, [args.asr_model_file, args.lm_file, args.predictor_file])
     )
     try:
-        decode_all(recognizer, data, writer, args.num_workers)
+        decode_all(recognizer, data, writer, args.num_workers, args.batch_size)
     finally:
         writer.close()
     summary = writer.finish(data.keys)
@@ -112,29 +122,23 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode_all(
-    recognizer: Recognizer, data: Utterances, writer: ResultWriter, num_workers: int = 0
+    recognizer: Recognizer,
+    data: Utterances,
+    writer: ResultWriter,
+    num_workers: int = 0,
+    batch_size: int = 1,
 ) -> None:
     """Decode what ``writer`` does not have yet. Failures are kept as empty hypotheses."""
     if writer.records:
         logging.info(f"{len(writer.records)} utterances were decoded before; going on")
-    remaining = data.read(skip=list(writer.records), num_workers=num_workers)
     progress = tqdm(
-        remaining,
         total=len(data),
         initial=len(writer.records),
         unit="utt",
         disable=not sys.stderr.isatty(),
     )
-    for utt, speech, reason in progress:
-        timing = dict(audio_seconds=0.0, encoder_seconds=0.0, search_seconds=0.0)
-        nbest = []
-        if not reason:
-            try:
-                nbest = timed(recognizer, speech, timing)
-            except (UtteranceError, RuntimeError, TooShortUttError) as error:
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                reason = first_line(error)
+
+    def keep(utt: str, nbest: list, reason: str = "", **timing: float) -> None:
         if reason:
             logging.warning(f"{utt} {reason}: its hypothesis is empty")
         else:
@@ -142,21 +146,66 @@ def decode_all(
             shown = best.text if best.text is not None else " ".join(best.tokens)
             logging.info(f"{utt} {best.hypothesis.total:.2f} {shown}")
         writer.add(utt, nbest, failure=reason, **timing)
+        progress.update()
+
+    def readable() -> Iterator[Utterance]:
+        for utt, speech, reason in data.read(skip=list(writer.records), num_workers=num_workers):
+            if reason:
+                keep(utt, [], reason)
+            else:
+                yield Utterance(utt, speech)
+
+    for batch in by_length(readable(), batch_size):
+        try:
+            results = timed(recognizer, batch)
+        except FAILURES as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) and len(batch) == 1:
+                raise
+            # One by one, so that only the utterance that fails is lost.
+            results = [attempt(recognizer, utterance) for utterance in batch]
+        for utterance, (nbest, reason, timing) in zip(batch, results):
+            keep(utterance.utt, nbest, reason, **timing)
+    progress.close()
 
 
-def timed(recognizer: Recognizer, speech: Any, timing: dict[str, float]) -> list:
-    """N-best of an utterance; fills in how long what took (seconds)."""
-    if recognizer.asr.sample_rate and speech.ndim == 1:
-        timing["audio_seconds"] = len(speech) / recognizer.asr.sample_rate
+# What an utterance can fail with; others mean that something is wrong with all of them.
+FAILURES = (UtteranceError, RuntimeError, TooShortUttError)
+
+
+def attempt(recognizer: Recognizer, utterance: Utterance) -> tuple[list, str, dict[str, float]]:
+    """N-best, reason of a failure, and times of one utterance."""
+    try:
+        return timed(recognizer, [utterance])[0]
+    except FAILURES as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        return [], first_line(error), {}
+
+
+def timed(
+    recognizer: Recognizer, batch: Sequence[Utterance]
+) -> list[tuple[list, str, dict[str, float]]]:
+    """N-best and times (seconds; the batch's, shared by length) of each utterance."""
+    rate = recognizer.asr.sample_rate
     start = time.perf_counter()
-    encoder_out = recognizer.encode(speech)
+    encoder_out, lengths = recognizer.encode([utterance.speech for utterance in batch])
     if encoder_out.is_cuda:
         torch.cuda.synchronize()
     middle = time.perf_counter()
-    nbest = recognizer.decode(encoder_out)
-    timing["encoder_seconds"] = middle - start
-    timing["search_seconds"] = time.perf_counter() - middle
-    return nbest
+    lists = recognizer.decode(encoder_out, lengths)
+    end = time.perf_counter()
+    total = sum(len(utterance.speech) for utterance in batch)
+    results = []
+    for utterance, nbest in zip(batch, lists):
+        share = len(utterance.speech) / total
+        is_waveform = rate and utterance.speech.ndim == 1
+        timing = dict(
+            audio_seconds=len(utterance.speech) / rate if is_waveform else 0.0,
+            encoder_seconds=share * (middle - start),
+            search_seconds=share * (end - middle),
+        )
+        results.append((nbest, "", timing))
+    return results
 
 
 def report(summary: dict[str, Any]) -> None:

@@ -96,6 +96,16 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "(default: the model's)",
     )
     group.add_argument(
+        "--ilm_weight",
+        type=float,
+        default=0.0,
+        help="Weight of the internal LM, which is subtracted: the predictor LM of a "
+        "factorized_transducer, the estimate without encoder of an RNN-T",
+    )
+    group.add_argument(
+        "--blank_scale", type=float, default=1.0, help="Factor of the blank's log-probability"
+    )
+    group.add_argument(
         "--max_symbols_per_frame",
         type=int,
         default=3,
@@ -158,8 +168,8 @@ def refuse_unsupported(args: argparse.Namespace, is_ctc: Optional[bool] = None) 
                 f"--{name} {getattr(args, name)}: {_UNSUPPORTED[name]} (leave it out, or use "
                 "`--search espnet`)"
             )
-    if args.batch_size != 1:
-        raise UserError(f"--batch_size {args.batch_size}: only 1 is supported, as in ESPnet")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: at least one utterance is needed")
     if args.ngpu > 1:
         raise UserError(f"--ngpu {args.ngpu}: decoding uses one GPU; run more jobs instead")
     if args.dtype == "float16":

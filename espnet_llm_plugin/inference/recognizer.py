@@ -1,14 +1,15 @@
-"""Speech to text with a trained model, one utterance at a time.
+"""Speech to text with a trained model.
 
-T frames, D encoder size, V tokens, L labels (label = token id - 1).
+B utterances, T frames, D encoder size, V tokens, L labels (label = token id - 1).
 """
 
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Optional, Sequence, Union
 
 import numpy as np
 import torch
 from espnet.nets.scorer_interface import BatchScorerInterface
+from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
@@ -20,6 +21,7 @@ from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
 
 Search = Union[TransducerSearch, CTCSearch]
+Samples = Union[np.ndarray, torch.Tensor]
 
 # Prefixes kept at once: a bound on memory for long recordings, out of reach of short ones.
 MAX_PREFIXES = 5000
@@ -68,18 +70,28 @@ class Recognizer:
         self.nbest = nbest
         self.normalize_length = normalize_length
 
-    def encode(self, speech: Union[np.ndarray, torch.Tensor]) -> torch.Tensor:
-        """Encoder output (T, D) of samples (N,) or features (N, F).
+    def __call__(self, speech: Samples) -> list[Recognition]:
+        """The n-best list of samples (N,) or features (N, F)."""
+        return self.batch([speech])[0]
+
+    def batch(self, speech: Sequence[Samples]) -> list[list[Recognition]]:
+        """The n-best lists of B utterances, decoded together."""
+        return self.decode(*self.encode(speech))
+
+    def encode(self, speech: Sequence[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder outputs (B, T, D) and their lengths (B,) of B utterances.
 
         Raises:
             espnet.nets.pytorch_backend.transformer.subsampling.TooShortUttError: Too short.
         """
         return encode(self.asr.model, speech)
 
-    def decode(self, encoder_out: torch.Tensor) -> list[Recognition]:
-        """The n-best list of an encoder output (T, D)."""
-        hyps = self.search(encoder_out, self.scales, self.nbest, self.normalize_length)
-        return [self.recognition(hyp) for hyp in hyps]
+    def decode(self, encoder_out: torch.Tensor, lengths: torch.Tensor) -> list[list[Recognition]]:
+        """The n-best lists of encoder outputs (B, T, D) of ``lengths`` (B,) frames."""
+        lists = self.search.batch(
+            encoder_out, lengths, self.scales, self.nbest, self.normalize_length
+        )
+        return [[self.recognition(hyp) for hyp in hyps] for hyps in lists]
 
     def recognition(self, hypothesis: Hypothesis) -> Recognition:
         """Tokens and text of a hypothesis."""
@@ -87,21 +99,29 @@ class Recognizer:
         tokens = self.asr.text.tokens(ids)
         return Recognition(self.asr.text.text(tokens), tokens, ids, hypothesis)
 
-    def __call__(self, speech: Union[np.ndarray, torch.Tensor]) -> list[Recognition]:
-        """The n-best list of samples (N,) or features (N, F)."""
-        return self.decode(self.encode(speech))
-
 
 @torch.inference_mode()
-def encode(model: torch.nn.Module, speech: Union[np.ndarray, torch.Tensor]) -> torch.Tensor:
-    """Encoder output (T, D) of one utterance: samples (N,) or features (N, F)."""
+def encode(model: torch.nn.Module, speech: Sequence[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encoder outputs of utterances: samples (N,) or features (N, F) each.
+
+    Each by itself: in a padded batch ESPnet's subsampling gives an utterance up to two frames
+    more, made of padding, and every frame attends to them.
+
+    Returns:
+        (B, T, D) on the model's device, and the lengths (B,).
+
+    Raises:
+        espnet.nets.pytorch_backend.transformer.subsampling.TooShortUttError: One is too short.
+    """
     parameter = next(model.parameters())
-    speech = torch.as_tensor(speech).to(parameter)[None]
-    lengths = torch.tensor([speech.size(1)], device=speech.device)
-    encoder_out, encoder_lengths = model.encode(speech, lengths)
-    if isinstance(encoder_out, tuple):  # with intermediate CTC outputs
-        encoder_out = encoder_out[0]
-    return encoder_out[0, : int(encoder_lengths[0])]
+    outputs = []
+    for one in speech:
+        row = torch.as_tensor(one).to(parameter)[None]
+        encoder_out, lengths = model.encode(row, torch.tensor([row.size(1)], device=row.device))
+        if isinstance(encoder_out, tuple):  # with intermediate CTC outputs
+            encoder_out = encoder_out[0]
+        outputs.append(encoder_out[0, : int(lengths[0])])
+    return pad_sequence(outputs, batch_first=True), torch.tensor([len(out) for out in outputs])
 
 
 def build_search(
@@ -148,23 +168,33 @@ def default_scales(
     beta: Optional[float] = None,
     label_bonus: Optional[float] = None,
     lm_weight: float = 0.0,
+    ilm_weight: float = 0.0,
+    blank_scale: float = 1.0,
 ) -> Scales:
-    """Scales given, the others from the model's ``decoder_conf``."""
+    """Scales given, the others from the model's ``decoder_conf``.
+
+    ``ilm_weight`` times the internal LM is subtracted: of a factorized transducer the predictor's
+    LM, of an RNN-T the estimate without the encoder.
+    """
     if is_factorized(asr):
         decoder = asr.model.decoder
         alpha = decoder.decoding_alpha if alpha is None else alpha
         beta = decoder.beta if beta is None else beta
         label_bonus = decoder.label_bonus if label_bonus is None else label_bonus
-    return Scales(alpha, beta or 0.0, lm_weight, label_bonus or 0.0)
+    beta = (beta or 0.0) - ilm_weight
+    return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale)
 
 
 def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
     """Refuse scales without an effect.
 
     Raises:
-        UserError: alpha or beta for a model without predictor LM, or an LM weight without LM.
+        UserError: alpha or beta for a model without predictor LM, an internal LM weight for CTC,
+            or an LM weight without LM.
     """
-    if not is_factorized(asr) and (scales.alpha is not None or scales.beta):
+    if asr.is_ctc and scales.beta < 0:
+        raise UserError("an internal LM weight is given, but a CTC model has no internal LM")
+    if not is_factorized(asr) and (scales.alpha is not None or scales.beta > 0):
         raise UserError(
             "alpha and beta scale the predictor LM of a factorized_transducer; this model "
             f"({type(asr.model).__name__}) has none"

@@ -8,17 +8,16 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import yaml
-from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from tqdm import tqdm
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.data.kaldi import read_clean_table
-from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
+from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.fusion.tuning import (
     Point,
     best_point,
@@ -30,6 +29,8 @@ from espnet_llm_plugin.fusion.tuning import (
     table,
     used_axes,
 )
+from espnet_llm_plugin.inference.batches import Utterance, by_length
+from espnet_llm_plugin.inference.decode import FAILURES
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of, identity
 from espnet_llm_plugin.inference.recognizer import (
@@ -50,8 +51,9 @@ def tune(args: argparse.Namespace) -> Point:
     """
     if args.ngpu > 1:
         raise UserError(f"--ngpu {args.ngpu}: tuning uses one GPU")
-    if args.nj < 1:
-        raise UserError(f"--nj {args.nj}: at least one process is needed")
+    for name, what in (("nj", "process"), ("batch_size", "utterance")):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least one {what} is needed")
     device_of(args)
     if len(args.data_path_and_name_and_type) != 1:
         raise UserError("give --data_path_and_name_and_type once, for `speech`")
@@ -79,6 +81,7 @@ def tune(args: argparse.Namespace) -> Point:
     if len(failed) == len(keys):
         utt, reason = next(iter(failed.items()))
         raise UserError(f"not one utterance could be decoded; {utt} {reason}")
+    failed = {key: failed[key] for key in keys if key in failed}
     for utt, reason in failed.items():
         logging.warning(f"{utt} {reason}: counted as empty")
     hypotheses = [texts.get(key, [""] * len(grid)) for key in keys]
@@ -129,23 +132,39 @@ def run_part(
     texts: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
     skip = set(data.keys) - set(mine)
-    progress = tqdm(
-        data.read(skip=list(skip)),
-        total=len(mine),
-        unit="utt",
-        disable=part > 0 or not sys.stderr.isatty(),
-    )
-    for utt, speech, reason in progress:
-        if not reason:
-            try:
-                hyps = search_grid(search, encode(asr.model, speech), grid, args.normalize_length)
-                texts[utt] = [text_of(asr, hyp.labels) for hyp in hyps]
-            except (UtteranceError, RuntimeError, TooShortUttError) as error:
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                reason = first_line(error)
-        if reason:
-            failed[utt] = reason
+    progress = tqdm(total=len(mine), unit="utt", disable=part > 0 or not sys.stderr.isatty())
+
+    def readable() -> Iterator[Utterance]:
+        for utt, speech, reason in data.read(skip=list(skip)):
+            if reason:
+                failed[utt] = reason
+            else:
+                yield Utterance(utt, speech)
+
+    def decode(batch: Sequence[Utterance]) -> None:
+        encoder_out, lengths = encode(asr.model, [utterance.speech for utterance in batch])
+        encoded = [out[:length] for out, length in zip(encoder_out, lengths.tolist())]
+        for utterance, hyps in zip(
+            batch, search_grid(search, encoded, grid, args.normalize_length)
+        ):
+            texts[utterance.utt] = [text_of(asr, hyp.labels) for hyp in hyps]
+
+    for batch in by_length(readable(), args.batch_size):
+        try:
+            decode(batch)
+        except FAILURES as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) and len(batch) == 1:
+                raise
+            # One by one, so that only the utterance that fails is lost.
+            for utterance in batch:
+                try:
+                    decode([utterance])
+                except FAILURES as error:
+                    if isinstance(error, torch.cuda.OutOfMemoryError):
+                        raise
+                    failed[utterance.utt] = first_line(error)
+        progress.update(len(batch))
+    progress.close()
     return grid, texts, failed
 
 

@@ -135,6 +135,7 @@ def _entry(recognition: Recognition) -> dict[str, Any]:
         "lm": hypothesis.lm,
         "external_lm": hypothesis.external_lm,
         "bonus": hypothesis.bonus,
+        "blank": hypothesis.blank,
         "frames": list(hypothesis.frames),
     }
 
@@ -149,5 +150,6 @@ _EMPTY = {
     "lm": 0.0,
     "external_lm": 0.0,
     "bonus": 0.0,
+    "blank": None,
     "frames": [],
 }

@@ -56,6 +56,8 @@ class TransducerSearch:
         max_prefixes: See :class:`PrefixTree`.
     """
 
+    takes_batches = True
+
     def __init__(
         self,
         scorer: "TransducerScorer",

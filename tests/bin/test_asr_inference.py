@@ -227,12 +227,47 @@ def test_an_utterance_too_long_for_the_llm_is_a_failed_one(run, files, tmp_path)
 
 
 def test_an_error_without_a_message_is_reported_by_its_type(run, monkeypatch):
-    def timed(recognizer, speech, timing):
+    def timed(recognizer, batch):
         raise RuntimeError
 
     monkeypatch.setattr(decode_module, "timed", timed)
     with pytest.raises(UserError, match="utt-b RuntimeError"):
         run("factorized")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_single_utterances_give(run, kind):
+    options = ("--beam_size", "4", "--nbest", "2")
+    alone = nbest_of(run(kind, *options))
+    together = nbest_of(run(kind, *options, "--batch_size", "2", out="batch"))
+    for one, other in zip(alone, together, strict=True):
+        for name in ("utt", "rank", "text", "token_int", "frames"):
+            assert one[name] == other[name]
+        assert one["total"] == pytest.approx(other["total"], abs=1e-3)
+
+
+def test_one_bad_utterance_does_not_cost_its_batch(run, files, tmp_path):
+    """Too short for the encoder alone, which padding hides."""
+    soundfile.write(tmp_path / "short.wav", np.zeros(90, dtype="float32"), RATE)
+    wav = tmp_path / "wav.scp"
+    wav.write_text(files["wav"].read_text() + f"utt-d {tmp_path}/short.wav\n")
+    out = run("factorized", "--batch_size", "4", wav=wav)
+    failed = json.loads((out / "rtf.json").read_text())["failed"]
+    assert list(failed) == ["utt-d"]
+    text = read_scp(out / "1best_recog" / "text")
+    assert text.pop("utt-d") == ""
+    assert text == read_scp(run("factorized", out="whole") / "1best_recog" / "text")
+
+
+def test_blank_scale_and_internal_lm_weight_change_the_scores(run):
+    for kind in ("factorized", "transducer"):
+        plain = nbest_of(run(kind, "--beam_size", "4"))
+        scaled = nbest_of(run(kind, "--beam_size", "4", "--blank_scale", "0.5"))
+        assert [e["blank"] for e in scaled] != [e["blank"] for e in plain]
+        less = nbest_of(run(kind, "--beam_size", "4", "--ilm_weight", "0.3"))
+        assert all(e["lm"] > p["lm"] for e, p in zip(less, plain))
+    with pytest.raises(UserError, match="internal LM"):
+        run("ctc", "--ilm_weight", "0.3")
 
 
 class Killed(BaseException):
@@ -244,11 +279,11 @@ def test_a_killed_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     decoded = []
     original = decode_module.timed
 
-    def timed(recognizer, speech, timing):
-        decoded.append(len(speech))
+    def timed(recognizer, batch):
+        decoded.append(len(batch))
         if len(decoded) == 3:
             raise Killed
-        return original(recognizer, speech, timing)
+        return original(recognizer, batch)
 
     monkeypatch.setattr(decode_module, "timed", timed)
     with pytest.raises(Killed):
@@ -269,11 +304,11 @@ def test_a_killed_run_with_other_options_starts_again(run, tmp_path, monkeypatch
     calls = []
     original = decode_module.timed
 
-    def timed(recognizer, speech, timing):
+    def timed(recognizer, batch):
         calls.append(1)
         if len(calls) == 3:
             raise Killed
-        return original(recognizer, speech, timing)
+        return original(recognizer, batch)
 
     monkeypatch.setattr(decode_module, "timed", timed)
     with pytest.raises(Killed):
@@ -294,11 +329,11 @@ def test_a_killed_run_with_a_retrained_llm_starts_again(run, tmp_path, monkeypat
     calls = []
     original = decode_module.timed
 
-    def timed(recognizer, speech, timing):
+    def timed(recognizer, batch):
         calls.append(1)
         if len(calls) == 3:
             raise Killed
-        return original(recognizer, speech, timing)
+        return original(recognizer, batch)
 
     monkeypatch.setattr(decode_module, "timed", timed)
     with pytest.raises(Killed):
@@ -366,7 +401,7 @@ REFUSED = {
     "max_seq_len": "3",
     "max_mask_parallel": "3",
     "allow_variable_data_keys": "true",
-    "batch_size": "2",
+    "batch_size": "0",
     "ngpu": "2",
     "dtype": "float16",
     "ctc_weight": "0.3",
@@ -379,7 +414,7 @@ def test_every_option_of_espnet_is_honoured_or_refused():
         *("help", "config", "log_level", "output_dir", "seed", "num_workers", "key_file"),
         *("data_path_and_name_and_type", "asr_train_config", "asr_model_file", "lm_train_config"),
         *("nbest", "beam_size", "penalty", "lm_weight", "token_type", "bpemodel"),
-        "normalize_length",
+        *("normalize_length", "batch_size"),
     }
     assert {action.dest for action in espnet_parser()._actions} == honoured | set(REFUSED)
 

@@ -40,7 +40,7 @@ def test_grid_is_every_combination_once():
 @pytest.mark.parametrize("side_by_side", [64, 3])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_grid_equals_separate_searches(search, encoder_out, side_by_side, normalize):
-    together = search_grid(search, encoder_out, GRID, normalize, side_by_side)
+    (together,) = search_grid(search, [encoder_out], GRID, normalize, side_by_side)
     assert len({h.labels for h in together}) > 3
     for scales, hyp in zip(GRID, together):
         (alone,) = search(encoder_out, scales, 1, normalize)
@@ -50,14 +50,26 @@ def test_grid_equals_separate_searches(search, encoder_out, side_by_side, normal
 
 
 def test_no_prefix_is_computed_twice_for_a_grid(search, encoder_out):
-    search_grid(search, encoder_out, GRID, side_by_side=5)
+    search_grid(search, [encoder_out], GRID, side_by_side=5)
     extended = search.scorer.extended
     assert len(extended) == len(set(extended))
-    assert search.external_lm.extended == extended
+    # weights of 0 come first: then the external LM catches up
+    assert set(search.external_lm.extended) <= set(extended)
+    assert len(search.external_lm.extended) == len(set(search.external_lm.extended))
     alone = TransducerSearch(TableScorer(5, 3), beam_size=4, external_lm=TableLM(5, 3))
     for scales in GRID:
         alone(encoder_out, scales)
     assert len(alone.scorer.extended) > 2 * len(extended)
+
+
+@pytest.mark.parametrize("side_by_side", [128, 1])
+def test_several_utterances_equal_each_alone(search, side_by_side):
+    encoded = [torch.randn(frames, 6) * 1.5 for frames in (12, 5, 9)]
+    together = search_grid(search, encoded, GRID, True, side_by_side)
+    for one, found in zip(encoded, together):
+        (alone,) = search_grid(search, [one], GRID, True)
+        assert [h.labels for h in found] == [h.labels for h in alone]
+        assert [h.total for h in found] == pytest.approx([h.total for h in alone], abs=1e-4)
 
 
 def test_word_errors_are_those_of_jiwer():
