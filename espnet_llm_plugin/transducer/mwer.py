@@ -150,23 +150,25 @@ class MWER:
         batch: the loss of its transcript is not finite either, and ESPnet skips such an update.
         """
         encoder_out = batch.encoder_out.detach()
+        frames = torch.arange(encoder_out.shape[1], device=encoder_out.device)
+        inside = frames < batch.frame_lengths.unsqueeze(-1)
+        finite = (encoder_out.isfinite().all(-1) | ~inside).all(-1).tolist()
 
         def search(which: list[int]) -> list[list[tuple[int, ...]]]:
-            found: list[list[tuple[int, ...]]] = [[] for _ in which]
-            finite = [j for j, i in enumerate(which) if bool(encoder_out[i].isfinite().all())]
-            if finite:
-                rows = torch.tensor([which[j] for j in finite], device=encoder_out.device)
-                lists = nbest(
-                    model,
-                    encoder_out[rows],
-                    batch.frame_lengths[rows],
-                    self.conf.beam_size,
-                    self.conf.nbest,
-                    self.conf.max_symbols_per_frame,
-                )
-                for j, hyps in zip(finite, lists):
-                    found[j] = hyps
-            return found
+            usable = [i for i in which if finite[i]]
+            if not usable:
+                return [[] for _ in which]
+            rows = torch.tensor(usable, device=encoder_out.device)
+            lists = nbest(
+                model,
+                encoder_out[rows],
+                batch.frame_lengths[rows],
+                self.conf.beam_size,
+                self.conf.nbest,
+                self.conf.max_symbols_per_frame,
+            )
+            found = dict(zip(usable, lists))
+            return [found.get(i, []) for i in which]
 
         if model.training:
             self.cache.next_batch()
@@ -187,9 +189,10 @@ class MWER:
         padded = torch.ones((*size, width), dtype=torch.long)
         lengths, errors = torch.zeros(size, dtype=torch.long), torch.zeros(size)
         exists = torch.zeros(size, dtype=torch.bool)
-        for b, hyps in enumerate(tokens):
-            reference = batch.text[b, : int(batch.text_lengths[b])].tolist()
-            errors[b, : len(hyps)] = torch.tensor(self.word_errors(reference, hyps)).float()
+        references = zip(batch.text.tolist(), batch.text_lengths.tolist())
+        for b, (hyps, (text, text_length)) in enumerate(zip(tokens, references)):
+            counts = self.word_errors(text[:text_length], hyps)
+            errors[b, : len(hyps)] = torch.tensor(counts, dtype=errors.dtype)
             exists[b, : len(hyps)] = True
             for i, hyp in enumerate(hyps):
                 padded[b, i, : len(hyp)] = torch.tensor(hyp, dtype=torch.long)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 Labels = tuple[int, ...]
 
+# Prefixes whose LM scores the search of a batch keeps: 100 MB at 5,000 labels.
+_MAX_PREFIXES = 5000
+
 
 @torch.no_grad()
 def nbest(
@@ -59,11 +62,10 @@ def nbest(
             max_symbols_per_frame=max_symbols_per_frame,
             # an RNN-T has <sos/eos> = token V - 1 among its labels, though it never trains it
             forbidden_labels=[model.eos - 1] if scorer.num_labels >= model.eos else [],
+            max_prefixes=_MAX_PREFIXES,
         )
-        return [
-            [hyp.labels for hyp in search(frames[:length], scales, nbest)]
-            for frames, length in zip(encoder_out, encoder_lengths.tolist())
-        ]
+        found = search.batch(encoder_out, encoder_lengths, scales, nbest)
+        return [[hyp.labels for hyp in hyps] for hyps in found]
 
 
 @contextmanager

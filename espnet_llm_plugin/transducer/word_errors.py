@@ -7,8 +7,9 @@ from typing import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
+from espnet_llm_plugin.token_list import SPACE
+
 _SENTENCEPIECE_SPACE = "\u2581"
-_CHARACTER_SPACE = "<space>"
 
 
 class WordErrors:
@@ -33,8 +34,8 @@ class WordErrors:
         self.separator = ""  # no token has one: each is a word
         if any(_SENTENCEPIECE_SPACE in token for token in token_list):
             self.separator = _SENTENCEPIECE_SPACE
-        elif _CHARACTER_SPACE in token_list:
-            self.separator = _CHARACTER_SPACE
+        elif SPACE in token_list:
+            self.separator = SPACE
         self.token_list = list(token_list)
 
     def words(self, token_ids: Sequence[int]) -> list[str]:

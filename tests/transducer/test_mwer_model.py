@@ -243,7 +243,7 @@ def test_of_nothing_but_empty_sequences(monkeypatch):
 
 @pytest.mark.parametrize("refresh, expected", [(0, 4), (3, 2), (100, 1)])
 def test_lists_are_reused(refresh, expected, searches):
-    model = make(refresh=refresh, **CONF)
+    model = make(refresh=refresh, valid_stats=True, **CONF)
     losses = []
     for _ in range(4):
         losses.append(float(model(*batch(), utt_id=["a", "b", "c"])[1]["loss_mwer"]))
@@ -251,7 +251,6 @@ def test_lists_are_reused(refresh, expected, searches):
     assert losses == pytest.approx([losses[0]] * 4)
     # a validation set may have the same names: it is always searched, and replaces nothing
     with torch.no_grad():
-        model.mwer.conf.__dict__["valid_stats"] = True
         model.eval()(*batch(seed=1), utt_id=["a", "b", "c"])
     assert len(searches) == expected + 1
     again = model.train()(*batch(), utt_id=["a", "b", "c"])[1]
@@ -304,8 +303,11 @@ def test_the_search_sees_what_the_loss_sees_and_leaves_training_modes_alone(monk
 def test_a_model_that_has_diverged_fails_like_without_mwer(kind):
     model = make(kind, **CONF)
     speech, *rest = batch()
+    speech[1, 4:] = torch.nan  # beyond its four frames
+    assert model(speech, *rest)[1]["mwer_num_hyps"] == 3
     speech[1] = torch.nan
     loss, stats, _ = model(speech, *rest)
+    assert stats["mwer_num_hyps"] == 3  # of those that have any
     assert loss.isnan().all()  # ESPnet's trainer skips the update
     assert float(stats["mwer_expected_errors"]) > 0  # of the other utterances
 

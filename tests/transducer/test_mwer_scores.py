@@ -174,6 +174,16 @@ def test_scores_are_those_of_an_exhaustive_search(kind):
     assert best == [hyp.labels for hyp in search(encoder_out, scales, 5)]
 
 
+@pytest.mark.parametrize("kind", ["scaled", "rnnt"])
+def test_lists_of_a_batch_are_those_of_each_utterance(kind):
+    model = MODELS[kind]().eval()
+    encoder_out, lengths = torch.randn(3, 7, tiny.DIM) * 2, torch.tensor([7, 2, 5])
+    together = nbest(model, encoder_out, lengths, 6, 4, 2)
+    for b, length in enumerate(lengths.tolist()):
+        alone = nbest(model, encoder_out[b : b + 1, :length], lengths[b : b + 1], 6, 4, 2)
+        assert [together[b]] == alone and len(set(together[b])) == 4
+
+
 class LargestTensor(TorchDispatchMode):
     """Entries of the largest tensor that any operation returns, forward and backward."""
 
