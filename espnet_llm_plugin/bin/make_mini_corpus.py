@@ -19,6 +19,7 @@ def get_parser():
     parser.add_argument("output_dir", help="Directory to make")
     for name in ("train", "dev", "test", "lm"):
         parser.add_argument(f"--{name}", type=int, help=f"Another size of {name} (see the module)")
+    parser.add_argument("--langs", nargs="+", help="Languages of mls (default: all eight)")
     parser.add_argument("--seed", type=int, default=0, help="Another seed, other sentences")
     add_jobs_option(parser)
     return parser
@@ -33,7 +34,8 @@ def main(cmd=None):
     for name, count in given.items():
         if name not in known or count < 1:
             raise UserError(f"--{name} {count}: {args.corpus} has {', '.join(known)}, at least 1")
-    made = make(args.output_dir, sizes(**given), seed=args.seed, nj=args.nj)
+    options = {"langs": args.langs} if args.langs and args.corpus == "mls" else {}
+    made = make(args.output_dir, sizes(**given), seed=args.seed, nj=args.nj, **options)
     print(f"{args.output_dir}: {'made' if made else 'already complete'}")
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import pytest
 from espnet_llm_plugin.data.corpora import mini_librispeech, mini_mls
 from espnet_llm_plugin.data.corpora.mini_librispeech import make_mini_librispeech
 from espnet_llm_plugin.data.corpora.mini_mls import make_mini_mls
-from espnet_llm_plugin.data.corpora.mls import LANGUAGES
 from tests.data.conftest import table
 
 pytestmark = pytest.mark.integration
@@ -87,17 +87,25 @@ def test_data_of_mls(recipes, tmp_path):
     assert len((recipe / "data/token_list/bpe_unigram80/tokens.txt").read_text().split()) == 80
 
 
-@pytest.mark.parametrize("corpus, train", [("librispeech", "train_960"), ("mls", "train")])
-def test_data_of_the_synthetic_corpora(recipes, corpus, train):
-    """`--mini true` as it is, up to the token lists of the recogniser and of the small LLM."""
-    recipe = recipes / corpus / "asr1"
+def test_data_of_synthetic_librispeech(recipes):
+    """`--mini true` up to the token lists of the recogniser and of the small LLM."""
+    recipe = recipes / "librispeech" / "asr1"
     result = run(recipe, "--mini", "true", *DATA_STAGES)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(table(recipe / "dump/mini/raw" / train / "text")) > 400
-    if corpus == "mls":
-        assert set(table(recipe / "dump/mini/raw/test/utt2lang").values()) == set(LANGUAGES)
+    assert len(table(recipe / "dump/mini/raw/train_960/text")) == 600
     for tokens in ("token_list/bpe_unigram200", "token_list_llm/bpe_unigram300"):
         assert (recipe / "data/mini" / tokens / "tokens.txt").is_file()
+
+
+def test_data_of_synthetic_mls(recipes):
+    """`--mini true` with two of the languages, which have words for a few pieces only."""
+    recipe = recipes / "mls" / "asr1"
+    options = ["--langs", "en pl", "--nbpe", "100", "--llm", "not/loaded"]
+    result = run(recipe, "--mini", "true", *options, *DATA_STAGES)
+    assert result.returncode == 0, result.stdout + result.stderr
+    languages = Counter(table(recipe / "dump/mini/raw/train/utt2lang").values())
+    assert languages == {"en": 160, "pl": 80}
+    assert (recipe / "data/mini/token_list/bpe_unigram100/tokens.txt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -127,3 +135,68 @@ def test_help(recipes, corpus):
     for word in ("--mini true", f"--{corpus} DIR", "--finetune_config", "stage 11", "--ngpu"):
         assert word in result.stdout
     assert len((recipes / corpus / "asr1" / "run.sh").read_text().splitlines()) < 60
+
+
+@pytest.fixture
+def steps(recipes, tmp_path):
+    """Run a recipe with an asr_llm.sh that only notes its options; returns those of each call."""
+    shutil.copytree(recipes, tmp_path / "egs2", symlinks=True)
+    shutil.copytree(recipes.parent / "conf", tmp_path / "conf")
+    stand_in = tmp_path / "egs2/TEMPLATE/asr1/asr_llm.sh"
+    stand_in.write_text("#!/usr/bin/env bash\nprintf '%s\\t' \"$@\" >> calls\necho >> calls\n")
+
+    def run_steps(corpus, *arguments):
+        recipe = tmp_path / "egs2" / corpus / "asr1"
+        (recipe / "calls").unlink(missing_ok=True)
+        result = run(recipe, *arguments, "--stop_stage", "12")
+        assert result.returncode == 0, result.stderr
+        calls = []
+        for line in (recipe / "calls").read_text().split("\t\n")[:-1]:
+            words = line.split("\t")
+            calls.append(dict(zip(words[::2], words[1::2])))  # of an option given twice, the last
+        return calls
+
+    return run_steps
+
+
+def test_steps_of_transducer_llama(steps):
+    arguments = ["--librispeech", "DIR", "--llm", "org/LLM", "--lm_text", "TEXT", "--ngpu", "2"]
+    calls = steps("librispeech", *arguments, "--finetune_config", "conf/x/mwer.yaml")
+    data, ctc, weak, lm, swap, finetune = calls
+    assert all(call["--ngpu"] == "2" and call["--nbpe"] == "5000" for call in calls)
+    assert "--librispeech DIR" in data["--local_data_opts"]
+    assert "--lm_text TEXT" in data["--local_data_opts"]
+    assert all(call["--skip_data_prep"] == "true" for call in calls[1:])
+    assert ctc["--asr_config"] == "conf/ctc/train_ctc_conformer.yaml"
+    assert weak["--asr_config"] == "conf/transducer/train_ft_stateless.yaml"
+    assert weak["--ctc_init"] == f"exp/asr_{ctc['--asr_tag']}"
+    assert lm["--use_lm"] == "true" and lm["--llm"] == "org/LLM"
+    assert lm["--lm_train_text"] == "data/lm_train/text"
+    assert swap["--swap_llm"] == f"exp/lm_{lm['--lm_tag']}/llm" == "exp/lm_LLM/llm"
+    assert swap["--asr_tag"] == weak["--asr_tag"] and swap["--skip_train"] == "true"
+    assert swap["--inference_tag"] != weak["--inference_tag"]
+    assert finetune["--asr_config"] == "conf/x/mwer.yaml"
+    assert finetune["--pretrained_model"].startswith(f"exp/asr_{weak['--asr_tag']}/")
+    assert finetune["--pretrained_model"].endswith(":::decoder.predictor")
+    assert finetune["--asr_args"].split() == ["--decoder_conf", "predictor_conf.llm=exp/lm_LLM/llm"]
+
+
+def test_steps_can_be_left_out(steps):
+    arguments = ["--librispeech", "DIR", "--ctc_config", "none", "--asr_config", "conf/my.yaml"]
+    data, weak = steps("librispeech", *arguments)
+    assert weak["--asr_config"] == "conf/my.yaml" and "--ctc_init" not in weak
+    assert "--lm_text" not in data["--local_data_opts"]  # nothing is downloaded for no LLM
+    *_, lm, swap = steps("librispeech", *arguments, "--llm", "L", "--lm_config", "none")
+    assert lm["--lm_config"] == "" and swap["--swap_llm"] == "exp/lm_L/llm"
+
+
+@pytest.mark.parametrize("balance", ["0.3", "none"])
+def test_mls_balances_languages(steps, balance):
+    _, *trainings = steps(
+        "mls", "--mls", "DIR", "--balance", balance, "--asr_args", "--max_epoch 1"
+    )
+    for call in trainings:
+        assert call["--bpe_train_text"] == "data/balanced_text"
+        assert call["--asr_args"].startswith("--max_epoch 1")
+        balanced = "--batch_type catpow --upsampling_factor 0.3" in call["--asr_args"]
+        assert balanced == (balance == "0.3")

@@ -11,6 +11,8 @@
 # options of asr_llm.sh.
 template=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source-path=SCRIPTDIR
+. "${template}/path.sh"
+# shellcheck source-path=SCRIPTDIR
 . "${template}/options.sh"
 common=() forwarded=()
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""

@@ -5,6 +5,7 @@ grammatical (third person singular; articles and cases are part of the entries).
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -99,19 +100,26 @@ def sentences(lang: str) -> list[str]:
     return [" ".join(words) for words in product(*slots)]
 
 
-def make_mini_mls(root: Union[str, Path], sizes: Sizes, *, seed: int = 0, nj: int = 1) -> bool:
-    """Write ``root/mls_<language>[_opus]`` of all eight languages, if they are not there.
+def make_mini_mls(
+    root: Union[str, Path],
+    sizes: Sizes,
+    *,
+    langs: Collection[str] = tuple(LANGUAGES),
+    seed: int = 0,
+    nj: int = 1,
+) -> bool:
+    """Write ``root/mls_<language>[_opus]`` of the languages ``langs``, if they are not there.
 
-    No sentence of one split occurs in another.
+    No sentence of one split occurs in another. Codes that MLS does not have are passed over.
 
     Returns:
         Whether anything was made.
     """
     files: list[Spoken] = []
     tables: dict[str, list[str]] = {}
-    for rank, (lang, language) in enumerate(LANGUAGES.items()):
+    for rank, lang in enumerate(lang for lang in LANGUAGES if lang in langs):
         suffix = "flac" if lang in FLAC else "opus"
-        top = f"mls_{language}" + ("" if lang in FLAC else "_opus")
+        top = f"mls_{LANGUAGES[lang]}" + ("" if lang in FLAC else "_opus")
         pool = sentences(lang)
         random.Random(f"{seed} {lang}").shuffle(pool)
         info = tables.setdefault(f"{top}/metainfo.txt", ["SPEAKER | GENDER | PARTITION | MINUTES"])

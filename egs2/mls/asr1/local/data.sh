@@ -19,7 +19,7 @@ done
 tool() { "${python:-python3}" -m "espnet_llm_plugin.bin.$1" "${@:2}"; }
 
 if [ -n "${mini_dir}" ]; then
-    tool make_mini_corpus mls "${mini_dir}" --nj "${nj}"
+    tool make_mini_corpus mls "${mini_dir}" --nj "${nj}" --langs "${langs[@]}"
     mls=${mini_dir}
 fi
 tool prepare_mls --mls "${mls}" --output_dir "${datadir}" --nj "${nj}" --langs "${langs[@]}"
