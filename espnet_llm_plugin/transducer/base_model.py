@@ -151,10 +151,10 @@ class AbsTransducerModel(ESPnetASRModel):
             # zero, with a gradient for every parameter: distributed training expects one of each
             zero = sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad)
             loss = encoder_out.sum() * 0.0 + zero
-            # the same statistics as ever: distributed training sums them over processes by name
+            # the same statistics in the same order: distributed training sums them over processes
             names = ["loss_transducer", "nll_per_label", "num_skipped"]
-            names += [f"loss_{name}" for name in self.further_losses]
             names += ["loss_mwer", *MWER.STATS] if with_nbest else []
+            names += [f"loss_{name}" for name in self.further_losses]
             stats = dict.fromkeys([*names, "loss"], 0.0) | {"num_skipped": skipped}
             return force_gatherable((loss, stats, _NO_WEIGHT), loss.device)
 

@@ -7,13 +7,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.transducer.tiny import batch, factorized, rnnt, save_llm
 
+KINDS = ("rnnt", "stateless", "lstm", "llm", "rnnt mwer", "lstm mwer", "llm mwer")
+
 
 def make(kind, llm):
+    kind, *mwer = kind.split()
+    conf = {"mwer_weight": 1.0, "mwer_conf": {"nbest": 3}} if mwer else {}
     if kind == "rnnt":
-        return rnnt(acoustic_residual=True, ctc_weight=0.3)
+        return rnnt(acoustic_residual=True, ctc_weight=0.3, **conf)
     if kind == "llm":
-        return factorized(predictor="llm", predictor_conf={"llm": llm})
-    conf = {"ctc_weight": 0.3, "ilm_weight": 0.1}
+        return factorized(predictor="llm", predictor_conf={"llm": llm}, model_conf=conf)
+    conf |= {"ctc_weight": 0.3, "ilm_weight": 0.1}
     return factorized(predictor=kind, acoustic_blank=False, model_conf=conf)
 
 
@@ -23,11 +27,11 @@ def data(rank):
     return batch(frames=(2, 1), labels=((1, 2, 3), (2, 3)))  # nothing of it can be trained on
 
 
-def worker(rank, directory, kinds, llm):
+def worker(rank, directory, llm):
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for kind in kinds:
+    for kind in KINDS:
         model = DistributedDataParallel(make(kind, llm))  # find_unused_parameters=False
         names = None
         for _ in range(2):  # DDP notices a parameter without a gradient at the next forward
@@ -63,9 +67,8 @@ def worker(rank, directory, kinds, llm):
 def test_one_process_without_a_usable_utterance(tmp_path):
     (tmp_path / "llm").mkdir()
     llm = save_llm(tmp_path / "llm")
-    kinds = ("rnnt", "stateless", "lstm", "llm")
-    mp.spawn(worker, (str(tmp_path), kinds, llm), nprocs=2)
-    for kind in kinds:
+    mp.spawn(worker, (str(tmp_path), llm), nprocs=2)
+    for kind in KINDS:
         model = make(kind, llm)
         for _ in range(2):
             model(*data(0))[0].sum().backward()

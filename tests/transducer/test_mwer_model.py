@@ -1,9 +1,7 @@
-"""MWER training of whole models: options, statistics, gradients, lists, distributed training."""
+"""MWER training of whole models: options, statistics, gradients, lists."""
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer import mwer as mwer_module
@@ -360,45 +358,3 @@ def test_updates_lower_the_expected_word_errors(kind):
     after = expected_errors()
     assert after["mwer_expected_errors"] < 0.8 * before["mwer_expected_errors"]
     assert after["mwer_onebest_errors"] < before["mwer_onebest_errors"]
-
-
-# --- distributed training ---
-
-
-def data_of(rank):
-    if rank == 0:
-        return batch()
-    return batch(frames=(2, 1), labels=((1, 2, 3), (2, 3)))  # nothing of it can be trained on
-
-
-def worker(rank, directory, llm):
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for kind in (*KINDS, "llm"):
-        # a list of one process is empty, of the other not; find_unused_parameters=False
-        model = DistributedDataParallel(make(kind, llm=llm, ctc_weight=0.3, **CONF))
-        for _ in range(2):  # DDP notices a parameter without a gradient at the next forward
-            loss, stats, _ = model(*data_of(rank), utt_id=["a", "b", "c"][: 3 - rank])
-            gathered = [None, None]
-            torch.distributed.all_gather_object(gathered, sorted(stats))
-            assert gathered[0] == gathered[1]
-            loss.sum().backward()
-        if rank == 0:
-            grads = {k: p.grad for k, p in model.module.named_parameters()}
-            torch.save(grads, f"{directory}/{kind}.pth")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes(tmp_path):
-    (tmp_path / "llm").mkdir()
-    llm = save_llm(tmp_path / "llm")
-    mp.spawn(worker, (str(tmp_path), llm), nprocs=2)
-    for kind in (*KINDS, "llm"):
-        model = make(kind, llm=llm, ctc_weight=0.3, **CONF)
-        for _ in range(2):
-            model(*data_of(0))[0].sum().backward()
-        for name, value in torch.load(tmp_path / f"{kind}.pth").items():
-            # the mean over two processes of which one adds zero
-            expected = dict(model.named_parameters())[name].grad / 2
-            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
