@@ -145,3 +145,28 @@ def test_the_configurations_train_by_mwer_and_choose_the_best_by_it(name, root):
     assert made.valid_stats and made.nbest == 4
     assert ["valid", "mwer_expected_errors", "min"] in conf["best_model_criterion"]
     assert "mwer_expected_errors" in MWER.STATS
+
+
+@pytest.mark.parametrize(
+    "name, initial",
+    [
+        ("finetune_mwer", "train_ft_stateless"),
+        ("finetune_mwer", "train_ft_llm"),
+        ("finetune_mwer_weak", "train_ft_stateless"),
+        ("finetune_mwer_rnnt", "train_rnnt"),
+    ],
+)
+def test_the_configurations_have_the_modules_of_their_initial_models(name, initial, root):
+    scales = {"lm_scale", "beta", "label_bonus"}
+
+    def modules(name):
+        conf = yaml.safe_load((root / "conf" / "transducer" / f"{name}.yaml").read_text())
+        keys = ("frontend_conf", "encoder", "encoder_conf", "decoder", "joint_net_conf", "model")
+        found = {key: conf.get(key) for key in keys}
+        # the predictor is not among the initial values
+        options = set(conf["decoder_conf"]) - scales - {"predictor", "predictor_conf"}
+        found["decoder_conf"] = {key: conf["decoder_conf"][key] for key in options}
+        options = conf["model_conf"]
+        return found, options["ctc_weight"] > 0, options.get("acoustic_residual")
+
+    assert modules(name) == modules(initial)
