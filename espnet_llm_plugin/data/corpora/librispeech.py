@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Union
 
 from espnet_llm_plugin.data.atomic import atomic_write
-from espnet_llm_plugin.data.corpora.manifests import check_pairs, require_lhotse, to_data_dir
+from espnet_llm_plugin.data.corpora.manifests import (
+    check_pairs,
+    reading_audio,
+    require_lhotse,
+    to_data_dir,
+)
 from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import DataDir, read_lines, write_data_dir
 from espnet_llm_plugin.data.perturb import combine
@@ -140,9 +145,10 @@ def _prepare_part(
             else:
                 problems.add("empty line", "", f"{file}:{number}")
     check_pairs(root / part, transcripts, {p.stem for p in (root / part).rglob("*.flac")}, problems)
-    manifests = prepare_manifests(
-        root, dataset_parts=part, normalize_text="lower" if lower_case else "none", num_jobs=nj
-    )[part]
+    case = "lower" if lower_case else "none"
+    with reading_audio(root / part):
+        prepared = prepare_manifests(root, dataset_parts=part, normalize_text=case, num_jobs=nj)
+    manifests = prepared[part]
     data = to_data_dir(root / part, manifests["recordings"], manifests["supervisions"])
     speakers = set(data.utt2spk.values())
     known = {speaker: genders[speaker] for speaker in speakers if speaker in genders}

@@ -1,6 +1,7 @@
 """From lhotse's recordings and supervisions to Kaldi data directories."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from espnet_llm_plugin.data import kaldi
@@ -18,6 +19,21 @@ def require_lhotse() -> None:
             "preparing this corpus needs the Python package 'lhotse', which is not installed: run "
             "pip install 'lhotse>=1.33,<2'  (or install this package with its extra 'recipes')"
         ) from None
+
+
+@contextmanager
+def reading_audio(source: Path) -> Iterator[None]:
+    """Turn lhotse's error for a damaged audio file into a :class:`UserError`."""
+    from lhotse.audio.utils import AudioLoadingError
+
+    try:
+        yield
+    except AudioLoadingError as error:
+        # What each of lhotse's audio backends says; the first is libsndfile.
+        lines = " ".join(str(error).splitlines()[:2])
+        raise UserError(
+            f"{source} has a damaged audio file: {lines} Unpack the archive again"
+        ) from error
 
 
 def to_data_dir(

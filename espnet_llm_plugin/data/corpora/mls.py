@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Union
 
-from espnet_llm_plugin.data.corpora.manifests import check_pairs, require_lhotse, to_data_dir
+from espnet_llm_plugin.data.corpora.manifests import (
+    check_pairs,
+    reading_audio,
+    require_lhotse,
+    to_data_dir,
+)
 from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import DataDir, read_lines, write_data_dir
 from espnet_llm_plugin.data.perturb import combine
@@ -130,8 +135,8 @@ def prepare_mls(
 def _prepare_split(
     directory: Path, split: str, lang: str, nj: int
 ) -> tuple[DataDir, list[Mismatch]]:
-    # As lhotse.recipes.mls.prepare_mls, but that looks for every recording in a list: hours for
-    # Polish, years for English.
+    # As lhotse.recipes.mls.prepare_mls, which looks for every recording in a list: an hour for
+    # German, weeks for English.
     from lhotse import RecordingSet, SupervisionSegment
 
     source = directory / split
@@ -146,14 +151,15 @@ def _prepare_split(
                 problems.add("times that are not numbers", key, f"{source}/segments.txt")
     genders = _read_genders(directory / "metainfo.txt")
     suffix = "flac" if next((source / "audio").rglob("*.flac"), None) else "opus"
-    recordings = list(
-        RecordingSet.from_dir(
-            source / "audio",
-            f"*.{suffix}",
-            num_jobs=nj,
-            force_opus_sampling_rate=SAMPLE_RATE if suffix == "opus" else None,
+    with reading_audio(source):
+        recordings = list(
+            RecordingSet.from_dir(
+                source / "audio",
+                f"*.{suffix}",
+                num_jobs=nj,
+                force_opus_sampling_rate=SAMPLE_RATE if suffix == "opus" else None,
+            )
         )
-    )
     durations = {recording.id: recording.duration for recording in recordings}
     texts = {key: text for key, (text,) in transcripts.items()}
     check_pairs(source, texts, set(durations), problems)

@@ -93,6 +93,12 @@ def test_faults_are_named(librispeech, tmp_path, damage, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_damaged_file_is_named(librispeech, tmp_path):
+    (librispeech / CHAPTER / "84-121-0001.flac").write_bytes(b"")
+    with pytest.raises(UserError, match="dev-clean has a damaged audio file: .*84-121-0001.flac"):
+        prepare_librispeech(librispeech, tmp_path / "data", ["dev"])
+
+
 def test_an_empty_part(librispeech, tmp_path):
     (librispeech / "LibriSpeech/test-clean").mkdir()
     with pytest.raises(UserError, match="test-clean has neither transcripts nor audio"):

@@ -145,6 +145,13 @@ def test_faults_are_named(mls, tmp_path, damage, message):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("nj", [1, 2])
+def test_a_damaged_file_is_named(mls, tmp_path, nj):
+    (mls / "mls_german_opus/dev/audio/11/1/11_1_000001.opus").write_bytes(b"OggS and no more")
+    with pytest.raises(UserError, match="dev has a damaged audio file: .*11_1_000001.opus"):
+        prepare_mls(mls, tmp_path / "data", ["de"], nj=nj)
+
+
 @pytest.mark.parametrize("langs", [["de", "ru"], [], ["de", "de"]])
 def test_wrong_languages(mls, tmp_path, langs):
     with pytest.raises(UserError, match=r"expected different ones of en \(english\), de \(ger"):
