@@ -60,7 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("Search")
     group.add_argument("--beam_size", type=int, default=4)
-    group.add_argument("--batch_size", type=int, default=8, help="Utterances decoded together")
+    group.add_argument("--batch_size", type=int, default=16, help="Utterances decoded together")
     group.add_argument("--max_symbols_per_frame", type=int, default=3)
     group.add_argument("--normalize_length", type=types.str2bool, default=False)
     return parser

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
 AXES = ("alpha", "beta", "lm_weight", "label_bonus")
-# More rows in one batch do not save time, but take memory (rows x beam x labels).
-SIDE_BY_SIDE = 128
+# Label scores computed at once: rows (utterances x points) x beam x labels; 4 bytes each, and a few
+# tensors of this size. Many rows save calls of the predictor.
+LABEL_SCORES = 4_000_000
 
 
 class Search(Protocol):
     """``TransducerSearch`` or ``CTCSearch``."""
 
     takes_batches: bool
+    beam_size: int
+    num_labels: int
 
     def start(
         self,
@@ -89,7 +92,7 @@ def search_grid(
     encoded: Sequence[torch.Tensor],
     grid: Sequence[Scales],
     normalize_length: bool = False,
-    side_by_side: int = SIDE_BY_SIDE,
+    side_by_side: Optional[int] = None,
 ) -> list[list[Hypothesis]]:
     """The best hypothesis of every utterance at every point.
 
@@ -98,13 +101,16 @@ def search_grid(
         encoded: Encoder outputs (T, D) of N utterances.
         grid: P points.
         normalize_length: Rank by the score per symbol.
-        side_by_side: Rows (utterances times points) searched at once.
+        side_by_side: Rows (utterances times points) searched at once; default: as many as memory
+            allows.
 
     Returns:
         N lists of P hypotheses.
     """
     if not search.takes_batches and len(encoded) > 1:
         return [search_grid(search, [one], grid, normalize_length)[0] for one in encoded]
+    if side_by_side is None:
+        side_by_side = LABEL_SCORES // (search.beam_size * search.num_labels)
     lengths = torch.tensor([len(one) for one in encoded])
     padded = pad_sequence(list(encoded), batch_first=True)
     points = max(1, side_by_side // len(encoded))

@@ -13,6 +13,7 @@ import logging
 from functools import lru_cache
 from typing import Any, Iterator, Optional, Sequence
 
+import numpy as np
 import torch
 
 from espnet_llm_plugin.errors import UserError, UtteranceError
@@ -31,15 +32,28 @@ class _Pool:
         self.values: list[Optional[torch.Tensor]] = []
         self.capacity = _FIRST_CAPACITY
         self._free = list(range(self.capacity - 1, 0, -1))
+        # Slot of the token before; 0, the padding, comes before the first token and before itself.
+        self._before = np.zeros(self.capacity, dtype=np.int64)
 
     @property
     def used(self) -> int:
         return self.capacity - 1 - len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        while len(self._free) < count:
+    def take(self, before: np.ndarray) -> np.ndarray:
+        """New slots for tokens that follow those of other slots (N)."""
+        while len(self._free) < len(before):
             self._grow()
-        return [self._free.pop() for _ in range(count)]
+        slots = np.array([self._free.pop() for _ in before], dtype=np.int64)
+        self._before[slots] = before
+        return slots
+
+    def paths(self, slots: np.ndarray, length: int) -> np.ndarray:
+        """Slots of the prefixes that end in ``slots`` (N), padded on the left: (N, length)."""
+        table = np.empty((len(slots), length), dtype=np.int64)
+        for column in range(length - 1, -1, -1):
+            table[:, column] = slots
+            slots = self._before[slots]
+        return table
 
     def release(self, slot: int) -> None:
         self._free.append(slot)
@@ -47,6 +61,7 @@ class _Pool:
     def _grow(self) -> None:
         old, self.capacity = self.capacity, 2 * self.capacity
         self._free = list(range(self.capacity - 1, old - 1, -1)) + self._free
+        self._before = np.concatenate([self._before, np.zeros_like(self._before)])
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):
                 if tensor is not None:
@@ -94,9 +109,10 @@ class PrefixState:
         """The tokens of the prefix, first to last."""
         return [node.token for node in self._path()][::-1]
 
-    def slots(self) -> list[int]:
-        """Slots of its tokens, first to last."""
-        return [node._slot for node in self._path()][::-1]
+    @property
+    def slot(self) -> int:
+        """Slot of its last token."""
+        return self._slot
 
     def __copy__(self) -> "PrefixState":
         return self
@@ -246,16 +262,15 @@ class PrefixLM:
         # 1. Slots of the past and of the new token, padded at the LEFT: the new token is the last
         #    column of every row, so that the causal and the sliding-window mask are those of
         #    unpadded rows.
-        paths = [[] if state is None else state.slots() for state in states]
-        longest = max(map(len, paths))
-        lengths = torch.tensor([len(path) for path in paths], device=device)
+        lengths = torch.tensor([0 if s is None else s.length for s in states], device=device)
+        longest = int(lengths.max())
         mask = torch.arange(longest + 1, device=device)[None, :] >= (longest - lengths)[:, None]
+        before = np.array([0 if state is None else state.slot for state in states])
 
         # 2. One forward over the new tokens; the cache writes their slots and reads all.
-        slots = self._pool.take(len(tokens))
+        slots = self._pool.take(before)
         try:
-            rows = [[0] * (longest - len(p)) + p + [slot] for p, slot in zip(paths, slots)]
-            table = torch.tensor(rows, device=device)  # (N, P+1)
+            table = torch.from_numpy(self._pool.paths(slots, longest + 1)).to(device)  # (N, P+1)
             output = self.model(
                 input_ids=torch.tensor(tokens, device=device)[:, None],
                 attention_mask=mask.long(),
@@ -264,7 +279,7 @@ class PrefixLM:
                 use_cache=True,
             )
         except BaseException:
-            for slot in slots:
+            for slot in slots.tolist():
                 self._pool.release(slot)
             raise
         self.num_forwards += 1
@@ -272,7 +287,7 @@ class PrefixLM:
         # 3. A new state owns its slot from here on.
         new_states = [
             PrefixState(self._pool, parent, slot, token)
-            for parent, slot, token in zip(states, slots, tokens)
+            for parent, slot, token in zip(states, slots.tolist(), tokens)
         ]
         return output.logits[:, -1].float(), new_states
 

@@ -69,6 +69,7 @@ class TransducerSearch:
         max_prefixes: Optional[int] = None,
     ):
         self.scorer = scorer
+        self.num_labels = scorer.num_labels
         self.beam_size = beam_size
         self.max_symbols_per_frame = max_symbols_per_frame
         self.external_lm = external_lm

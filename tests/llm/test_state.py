@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,7 +131,7 @@ class TestMemory:
         from espnet_llm_plugin.llm.state import PrefixState
 
         state = None
-        for slot in lm._pool.take(20000):
+        for slot in lm._pool.take(np.zeros(20000, dtype=int)).tolist():
             state = PrefixState(lm._pool, state, slot, 1)
         del state
         gc.collect()
