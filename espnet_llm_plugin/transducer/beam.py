@@ -98,10 +98,6 @@ class Beam:
         size = min(size, int((self.node >= 0).sum(axis=1).max(initial=1)))
         return self.take(np.argsort(-self.score, axis=1, kind="stable")[:, :size])
 
-    def last_place(self, size: int) -> np.ndarray:
-        """Score of the ``size``-th best of each row, -inf where there are fewer: (R,)."""
-        return kth_best(self.score, size)
-
 
 class LivePairs:
     """Live hypotheses that are another live one plus a label: P pairs, all arrays (P).
