@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from espnet_llm_plugin.transducer.factorized_scorer import FactorizedScorer
 from espnet_llm_plugin.transducer.joint import posterior
 from espnet_llm_plugin.transducer.prefix_tree import ROOT
-from espnet_llm_plugin.transducer.scorer import FactorizedScorer, RNNTScorer, build_scorer
+from espnet_llm_plugin.transducer.rnnt_scorer import RNNTScorer, rnn_step
+from espnet_llm_plugin.transducer.scorer import build_scorer
 from tests.contracts.search_contract import OneByOne
 from tests.transducer.tiny import DIM, LABELS, VOCAB, batch, factorized, rnnt, save_llm
 
@@ -157,10 +159,23 @@ def test_a_large_vocabulary_is_not_tabulated(monkeypatch):
     encoder_out, at = torch.randn(1, 2, DIM), [(0, 0, ROOT, -1), (0, 1, 1, 3)]
     tabulated = FactorizedScorer(model)
     expected = cells_of(tabulated, pool_with(tabulated, (ROOT, 3)), encoder_out, at).blank
-    monkeypatch.setattr("espnet_llm_plugin.transducer.scorer.MAX_TABLE", 0)
+    monkeypatch.setattr("espnet_llm_plugin.transducer.factorized_scorer.MAX_TABLE", 0)
     scorer = FactorizedScorer(model)
     actual = cells_of(scorer, pool_with(scorer, (ROOT, 3)), encoder_out, at).blank
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
+def test_one_step_equals_espnets_decoder(rnn_type):
+    decoder = rnnt(rnn_type=rnn_type, layers=3).decoder.eval()
+    embedded = torch.randn(2, 4, decoder.dunits)
+    hidden = cell = torch.zeros(2, 3, decoder.dunits)
+    with torch.no_grad():
+        expected, (last, _) = decoder.rnn_forward(embedded, decoder.init_state(2))
+        for t in range(4):
+            output, hidden, cell = rnn_step(decoder.decoder, embedded[:, t], hidden, cell)
+            torch.testing.assert_close(output, expected[:, t])
+    torch.testing.assert_close(hidden.transpose(0, 1), last)
 
 
 def test_internal_lm_of_an_rnnt_is_its_joint_without_the_encoder():
