@@ -13,7 +13,7 @@
 #   stage 10  ASR statistics
 #   stage 11  train the recogniser
 #   stage 12  decode (with scales tuned on the valid set if --tune_config is given)
-#   stage 13  score; likelihood of the valid set
+#   stage 13  score; likelihood of the valid set; diagnosis (<decoding>/diagnosis.md)
 #
 # A finished stage leaves a mark and is not redone; a killed one continues when it is run again.
 # Changed options make cheap stages run again, and are refused for trained models: give another tag.
@@ -26,7 +26,10 @@ stop_stage=13             # Last stage to run
 skip_data_prep=false      # Leave out stages 1-5
 skip_train=false          # Leave out stages 6-11
 skip_eval=false           # Leave out stages 12-13
-ngpu=0                    # GPUs for training (0: CPU); decoding uses one if this is not 0
+ngpu=0                    # GPUs of a node for training (0: CPU); decoding uses one if this is not 0
+num_nodes=1               # Nodes for training; more than one needs --cmd_backend slurm
+cmd_backend=local         # Where jobs run: local, or slurm (by submitit)
+slurm_conf=conf/slurm.yaml  # Options of jobs of Slurm
 nj=4                      # Parallel jobs for preparing data and collecting statistics
 inference_nj=4            # Parallel decoding jobs
 datadir=data              # Kaldi data directories
@@ -82,6 +85,7 @@ inference_asr_model=valid.loss.ave.pth  # ASR checkpoint to decode
 inference_lm=valid.loss.ave.pth  # LM checkpoint to fuse if --use_lm is true
 swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
 tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
+diagnose_args=            # More options for espnet_llm_plugin.bin.diagnose, e.g. --weak DIR
 # END
 set -euo pipefail
 
@@ -112,6 +116,10 @@ tool() {
     "${python}" -m "espnet_llm_plugin.bin.${name}" "$@"
 }
 
+[ "${cmd_backend}" = local ] || [ "${cmd_backend}" = slurm ] ||
+    die "--cmd_backend is '${cmd_backend}'; expected local or slurm"
+[ "${num_nodes}" -eq 1 ] || [ "${cmd_backend}" = slurm ] ||
+    die "--num_nodes ${num_nodes} needs --cmd_backend slurm; docs/cluster.md has other ways"
 for name in use_lm eval_valid_set skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch; do
     [ "${!name}" = true ] || [ "${!name}" = false ] ||
         die "--${name} is '${!name}'; expected true or false"
@@ -182,15 +190,41 @@ stop_clock() {
     rm -f "$1/.started" "$1/.seconds"
 }
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.
-logged() {
-    local file=$1
+logged() { # options of run_jobs, LOG, COMMAND
+    local file
+    local -a resources=(--append_log true)
+    while [[ $1 == --* ]]; do
+        resources+=("$1" "$2")
+        shift 2
+    done
+    file=$1
     shift
     log "log: ${file}"
-    if ! "$@" >> "${file}" 2>&1; then
+    if [ "${cmd_backend}" = slurm ]; then
+        run_jobs "${resources[@]}" 1 "${file}" "$@"
+    elif ! "$@" >> "${file}" 2>&1; then
         echo "error: $* failed; the end of ${file}:" >&2
         tail -n 15 "${file}" >&2
         return 2
     fi
+}
+
+# One COMMAND that uses several CPUs, with its output in the terminal.
+on_cpus() { # CPUs, LOG, COMMAND
+    if [ "${cmd_backend}" = slurm ]; then
+        run_jobs --num_threads "$1" 1 "$2" "${@:3}"
+        cat "$2"
+    else
+        "${@:3}"
+    fi
+}
+# Options of training for --ngpu and --num_nodes, as ESPnet's launcher gives them.
+distributed_args() { # directory of the experiment
+    echo "--ngpu ${ngpu} --multiprocessing_distributed true"
+    [ "${num_nodes}" -gt 1 ] || return 0
+    rm -f "$1"/.dist_init_*
+    echo "--dist_launcher slurm --dist_init_method file://$(cd "$1" && pwd)/.dist_init_@RUN@"
+    [ "${ngpu}" -gt 0 ] || echo "--dist_backend gloo"
 }
 
 # Stages 6 and 10: shapes, and means and variances, of a training and a validation list, by parallel
@@ -216,6 +250,8 @@ collect_stats() { # directory, training list, validation list, options to aggreg
             > "${directory}/${name}/text_shape.${token_type}"
     done
 }
+
+inference_gpu=$((ngpu > 0 ? 1 : 0))
 
 # --- names ------------------------------------------------------------------------------------
 data_feats=${dumpdir}/raw
@@ -285,7 +321,8 @@ if runs 3; then
         target=${data_feats}/org/${name}
         [ "${name}" = "${train_set_sp}" ] || [ "${name}" = "${valid_set}" ] ||
             target=${data_feats}/${name}
-        tool format_wav_scp --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
+        on_cpus "${nj}" "${data_feats}/logdir/format_${name}.log" \
+            tool format_wav_scp --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" \
             --drop_bad "${drop_bad}" "${datadir}/${name}" "${target}"
     done
 fi
@@ -381,17 +418,20 @@ if runs 7; then
         else
             refuse_other "${lm_exp}" "${mark}" --lm_tag
             start_clock "${lm_exp}"
-            # shellcheck disable=SC2086
-            logged "${lm_exp}/train.log" plugin -m espnet2.bin.lm_train ${lm_common} \
-                ${lm_llm_args} --ngpu "${ngpu}" --resume true \
+            # shellcheck disable=SC2046,SC2086
+            logged --kind train --ngpu "${ngpu}" --num_nodes "${num_nodes}" "${lm_exp}/train.log" \
+                plugin -m espnet2.bin.lm_train ${lm_common} \
+                ${lm_llm_args} $(distributed_args "${lm_exp}") --resume true \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
                 --train_shape_file "${lm_stats_dir}/train/text_shape.${token_type}" \
                 --valid_shape_file "${lm_stats_dir}/valid/text_shape.${token_type}" \
                 --fold_length 150 --output_dir "${lm_exp}" --config "${lm_config}" ${lm_args}
-            rm -rf "${lm_exp}/llm"
-            tool export_llm --lm_train_config "${lm_exp}/config.yaml" \
-                --lm_file "${lm_exp}/valid.loss.ave.pth" --output_dir "${lm_exp}/llm"
+            if grep -q '^lm: causal_llm$' "${lm_exp}/config.yaml"; then # not ESPnet's own LMs
+                rm -rf "${lm_exp}/llm"
+                tool export_llm --lm_train_config "${lm_exp}/config.yaml" \
+                    --lm_file "${lm_exp}/valid.loss.ave.pth" --output_dir "${lm_exp}/llm"
+            fi
             stop_clock "${lm_exp}"
             mark_done "${lm_exp}/.done" "${mark}"
         fi
@@ -406,8 +446,9 @@ if runs 8 && [ -n "${lm_config}" ]; then
         log "already done"
     else
         # shellcheck disable=SC2086
-        run_jobs 1 "${lm_exp}/perplexity_test/lm_calc_perplexity.@JOB@.log" \
-            plugin -m espnet2.bin.lm_calc_perplexity --ngpu "${ngpu}" --batch_size 64 \
+        run_jobs --kind decode --ngpu "${inference_gpu}" \
+            1 "${lm_exp}/perplexity_test/lm_calc_perplexity.@JOB@.log" \
+            plugin -m espnet2.bin.lm_calc_perplexity --ngpu "${inference_gpu}" --batch_size 64 \
             --data_path_and_name_and_type "${lm_test_text},text,text" \
             --train_config "${lm_exp}/config.yaml" --model_file "${lm_exp}/valid.loss.ave.pth" \
             --output_dir "${lm_exp}/perplexity_test"
@@ -474,9 +515,10 @@ if runs 11; then
     else
         refuse_other "${asr_exp}" "${mark}" --asr_tag
         start_clock "${asr_exp}"
-        # shellcheck disable=SC2086
-        logged "${asr_exp}/train.log" plugin -m espnet2.bin.asr_train ${asr_common} \
-            ${normalize_args} --ngpu "${ngpu}" --resume true \
+        # shellcheck disable=SC2046,SC2086
+        logged --kind train --ngpu "${ngpu}" --num_nodes "${num_nodes}" "${asr_exp}/train.log" \
+            plugin -m espnet2.bin.asr_train ${asr_common} \
+            ${normalize_args} $(distributed_args "${asr_exp}") --resume true \
             --ignore_init_mismatch "${ignore_init_mismatch}" ${init_args} \
             --train_shape_file "${asr_stats_dir}/train/speech_shape" \
             --train_shape_file "${asr_stats_dir}/train/text_shape.${token_type}" \
@@ -513,7 +555,6 @@ decode_mark() {
 if runs 12; then
     log "stage 12: decoding into ${decode_dir}"
     [ -f "${asr_exp}/.done" ] || die "${asr_exp} is not a finished training: run stage 11"
-    inference_gpu=$((ngpu > 0 ? 1 : 0))
     config_args=""
     if [ -n "${tune_config}" ]; then
         mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
@@ -523,7 +564,8 @@ if runs 12; then
             log "tuning the scales on ${valid_set}"
             mkdir -p "${decode_dir}/tune"
             # shellcheck disable=SC2086
-            logged "${decode_dir}/tune/tune.log" tool tune_scales ${model_args} \
+            logged --kind decode --ngpu "${inference_gpu}" --num_threads "${inference_nj}" \
+                "${decode_dir}/tune/tune.log" tool tune_scales ${model_args} \
                 --config "${tune_config}" --nj "${inference_nj}" --ngpu "${inference_gpu}" \
                 --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
                 --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune"
@@ -548,7 +590,8 @@ if runs 12; then
         jobs=$(tool split_data --nj "${inference_nj}" --name keys \
             --output_dir "${directory}/logdir" "${data_feats}/${name}/wav.scp")
         # shellcheck disable=SC2086
-        run_jobs "${jobs}" "${directory}/logdir/asr_inference.@JOB@.log" \
+        run_jobs --kind decode --ngpu "${inference_gpu}" \
+            "${jobs}" "${directory}/logdir/asr_inference.@JOB@.log" \
             tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" \
             --data_path_and_name_and_type "${data_feats}/${name}/wav.scp,speech,sound" \
             --key_file "${directory}/logdir/keys.@JOB@.scp" \
@@ -576,11 +619,25 @@ if runs 13; then
     mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
     if ! is_done "${decode_dir}/nll/.done" "${mark}"; then
         # shellcheck disable=SC2086
-        run_jobs 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
+        run_jobs --kind decode 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
             tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" \
             --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
             --data_path_and_name_and_type "${asr_valid_dir}/text,text,text"
         mark_done "${decode_dir}/nll/.done" "${mark}"
+    fi
+    first=${eval_sets%% *}
+    if compgen -G "${decode_dir}/${first}/logdir/output.*/nbest.jsonl" > /dev/null; then
+        inputs="--nll ${decode_dir}/nll/nll.json"
+        [ ! -f "${asr_exp}/train.log" ] || inputs+=" --train_log ${asr_exp}/train.log"
+        [ -z "${tune_config}" ] || inputs+=" --scales ${decode_dir}/tune/scales.json"
+        report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
+        [ -z "${swap_llm}" ] || [ ! -f "${report}" ] || inputs+=" --vocabulary_report ${report}"
+        scored=""
+        for name in ${eval_sets}; do
+            scored+=" ${decode_dir}/${name}"
+        done
+        # shellcheck disable=SC2086
+        tool diagnose --scored ${scored} ${inputs} --output_dir "${decode_dir}" ${diagnose_args}
     fi
 fi
 log "finished"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the recipes: background jobs on this machine.
+# Sourced by the recipes: background jobs, on this machine or by Slurm.
 
 # `start_job COMMAND ...` runs COMMAND in the background, in a process group of its own: when the
 # script ends, for whatever reason, the job is stopped with everything that it started.
@@ -19,12 +19,22 @@ stop_jobs() {
 trap stop_jobs EXIT
 trap 'exit 130' INT TERM
 
-# `run_jobs NJ LOG COMMAND ...` runs NJ copies of COMMAND at once, with @JOB@ in LOG and COMMAND
-# replaced by 1 ... NJ, and fails, showing the end of a log, when one of them fails.
+# `run_jobs [OPTION VALUE ...] NJ LOG COMMAND ...` runs NJ copies of COMMAND at once, with @JOB@ in
+# LOG and COMMAND replaced by 1 ... NJ, and fails, showing the end of a log, when one of them fails.
+# OPTIONs (--kind, --ngpu, --num_threads, ...; see bin/run_jobs) are what a job of Slurm asks for.
 run_jobs() {
-    local nj=$1 log=$2 job failed=0
+    local nj log job failed=0
+    local -a pids=() resources=()
+    while [[ $1 == --* ]]; do
+        resources+=("$1" "$2")
+        shift 2
+    done
+    nj=$1 log=$2
     shift 2
-    local -a pids=()
+    if [ "${cmd_backend:-local}" = slurm ]; then
+        submit_jobs "${nj}" "${log}" "$@"
+        return
+    fi
     mkdir -p "$(dirname "${log}")"
     for job in $(seq "${nj}"); do
         start_job "${@//@JOB@/${job}}" > "${log//@JOB@/${job}}" 2>&1
@@ -38,4 +48,16 @@ run_jobs() {
         tail -n 15 "${log//@JOB@/${failed}}" >&2
         return 1
     fi
+}
+
+# The same by Slurm, with OPTIONs in the array `resources`. Other machines know no functions of ours.
+submit_jobs() { # NJ LOG COMMAND
+    local -a argv=("${@:3}")
+    case $3 in
+        plugin) argv=("${python:-python3}" -m espnet_llm_plugin "${@:4}") ;;
+        tool) argv=("${python:-python3}" -m "espnet_llm_plugin.bin.$4" "${@:5}") ;;
+    esac
+    start_job "${python:-python3}" -m espnet_llm_plugin.bin.run_jobs "${resources[@]}" \
+        --conf "${slurm_conf:-conf/slurm.yaml}" --nj "$1" --log "$2" -- "${argv[@]}"
+    wait "${job_pids[-1]}"
 }
