@@ -50,7 +50,7 @@ start_job llms
 train ctc
 wait "${job_pids[-1]}"
 start_job factorized
-train rnnt --ctc_init "${exp}/asr_ctc"
+lean train rnnt --ctc_init "${exp}/asr_ctc"
 wait "${job_pids[-1]}"
 start_job other_rows
 rows_with_llm

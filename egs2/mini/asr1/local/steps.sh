@@ -27,6 +27,9 @@ asr() { # name, options
         --asr_args "${short}" "${@:2}"
 }
 train() { asr "$@" --skip_eval true; }
+# Give the memory of large tensors back at once: glibc would keep it, in pieces that the next batch's
+# sizes do not fit. 1.4 instead of 1.9 GB for the RNN-T, which takes 15 % longer.
+lean() { MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=8000000 MALLOC_TRIM_THRESHOLD_=100000000 "$@"; }
 decode() { # name, tag, options
     asr "$1" --skip_train true --inference_tag "$2" --tune_config "${tune}" \
         --inference_config conf/mini/decode.yaml --eval_valid_set "${eval_dev}" "${@:3}"
