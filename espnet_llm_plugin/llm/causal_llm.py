@@ -176,7 +176,7 @@ class CausalLLM(AbsLM):
         if not tokens or tokens[0] != self.sos:
             tokens = [self.sos, *tokens]  # transducer searches begin with blank
         known = 0 if state is None else state.length
-        if 0 < known < len(tokens) and state.tokens() == tokens[:known]:
+        if 0 < known < len(tokens) and state.is_of(tokens[:known]):
             return state, tokens[known:]
         return None, tokens  # no state, or one of another prefix: from the start
 

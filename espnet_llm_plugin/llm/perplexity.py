@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.token_list import SPACE, UNK
+from espnet_llm_plugin.token_list import SOS_EOS, SPACE, UNK, guess_token_type
 
 
 @dataclass
@@ -131,3 +131,30 @@ def asr_tokenizer(
     if token_type == "char":
         return lambda text: [index.get(SPACE if c == " " else c, unk) for c in text]
     return lambda text: [index.get(word, unk) for word in text.split()]
+
+
+def score_adapted(llm_dir: Union[str, Path], sentences: Sequence[str]) -> TextScore:
+    """Score sentences under an LLM whose rows are the tokens of an ASR token list.
+
+    Args:
+        llm_dir: Directory as ``adapt_vocabulary`` and ``export_llm`` write it.
+        sentences: Words separated by spaces.
+
+    Raises:
+        UserError: Not such a directory.
+    """
+    from espnet_llm_plugin.llm.backbone import load_causal_lm
+    from espnet_llm_plugin.llm.directory import BPE_FILE, llm_tokens
+
+    tokens = llm_tokens(llm_dir)
+    bpemodel = Path(llm_dir) / BPE_FILE
+    encode = asr_tokenizer(
+        tokens, guess_token_type(tokens), bpemodel if bpemodel.is_file() else None
+    )
+    return score_text(
+        load_causal_lm(llm_dir),
+        [encode(sentence) for sentence in sentences],
+        sum(len(sentence.split()) for sentence in sentences),
+        bos=tokens.index(SOS_EOS),
+        blank=0,
+    )

@@ -7,97 +7,59 @@ Every prefix owns exactly one *slot* of a pool, the keys and values of its last 
 layers, and points to the prefix it extends. Prefixes form a trie, so that what hypotheses have in
 common is computed and stored once; nothing is copied when a search branches. A slot is free again
 as soon as no prefix that a caller still holds reaches it.
+
+A prefix that has filled the LLM's context of C tokens is cut before it is extended: what the LLM
+sees of it from then on is its first token and the last C // 2 - 1 others, at the positions of a
+prefix of that length. Where a prefix is cut depends on its length alone, so its scores depend on
+nothing but its tokens, however a search came to it; and the cut prefixes form a trie like the
+others, which costs each token one forward more.
 """
 
 import logging
-from functools import lru_cache
 from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
 
-from espnet_llm_plugin.errors import UserError, UtteranceError
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.kv_pool import KVPool, pooled_cache
 
 # Attention whose past is fully described by keys and values of single tokens. Sliding windows are
 # among them: the pool keeps all tokens and the mask hides those out of the window.
 _POOLED_LAYERS = {"full_attention", "sliding_attention"}
-_FIRST_CAPACITY = 64
-
-
-class _Pool:
-    """Keys and values of single tokens, for all layers. Slot 0 stands for padding."""
-
-    def __init__(self) -> None:
-        self.keys: list[Optional[torch.Tensor]] = []  # per layer (S, H, D)
-        self.values: list[Optional[torch.Tensor]] = []
-        self.capacity = _FIRST_CAPACITY
-        self._free = list(range(self.capacity - 1, 0, -1))
-        # Slot of the token before; 0, the padding, comes before the first token and before itself.
-        self._before = np.zeros(self.capacity, dtype=np.int64)
-
-    @property
-    def used(self) -> int:
-        return self.capacity - 1 - len(self._free)
-
-    def take(self, before: np.ndarray) -> np.ndarray:
-        """New slots for tokens that follow those of other slots (N)."""
-        while len(self._free) < len(before):
-            self._grow()
-        slots = np.array([self._free.pop() for _ in before], dtype=np.int64)
-        self._before[slots] = before
-        return slots
-
-    def paths(self, slots: np.ndarray, length: int) -> np.ndarray:
-        """Slots of the prefixes that end in ``slots`` (N), padded on the left: (N, length)."""
-        table = np.empty((len(slots), length), dtype=np.int64)
-        for column in range(length - 1, -1, -1):
-            table[:, column] = slots
-            slots = self._before[slots]
-        return table
-
-    def release(self, slot: int) -> None:
-        self._free.append(slot)
-
-    def _grow(self) -> None:
-        old, self.capacity = self.capacity, 2 * self.capacity
-        self._free = list(range(self.capacity - 1, old - 1, -1)) + self._free
-        self._before = np.concatenate([self._before, np.zeros_like(self._before)])
-        for store in (self.keys, self.values):
-            for layer, tensor in enumerate(store):
-                if tensor is not None:
-                    grown = self._zeros(tensor)
-                    grown[:old] = tensor
-                    store[layer] = grown
-
-    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
-        # A tensor born in inference mode could not be written outside of it later.
-        with torch.inference_mode(False):
-            shape = (self.capacity, *like.shape[1:])
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-    def put(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
-        """Store ``keys``, ``values`` (N, H, D) of one layer in ``slots`` (N,)."""
-        for store, new in ((self.keys, keys), (self.values, values)):
-            while len(store) <= layer:
-                store.append(None)
-            if store[layer] is None:
-                store[layer] = self._zeros(new)
-            store[layer][slots] = new
 
 
 class PrefixState:
-    """One prefix (at least one token): immutable, opaque, shared freely between hypotheses."""
+    """One prefix (at least one token): immutable, opaque, shared freely between hypotheses.
 
-    __slots__ = ("_pool", "_parent", "_slot", "token", "length", "__weakref__")
+    Attributes:
+        token: the last one.
+        skipped: tokens after the first that the LLM no longer sees.
+        seen: tokens that it sees.
+    """
+
+    __slots__ = ("_pool", "_parent", "_slot", "_cut", "token", "skipped", "seen", "__weakref__")
 
     def __init__(
-        self, pool: _Pool, parent: Optional["PrefixState"], slot: Optional[int], token: int
+        self,
+        pool: KVPool,
+        parent: Optional["PrefixState"],
+        slot: Optional[int],
+        token: int,
+        skipped: Optional[int] = None,
     ):
         self._pool = pool
         self._parent = parent  # keeps the slots of all shorter prefixes alive
         self._slot = slot
+        self._cut: Optional[PrefixState] = None  # the same prefix with more tokens skipped
         self.token = token
-        self.length: int = 1 if parent is None else parent.length + 1
+        self.skipped = (0 if parent is None else parent.skipped) if skipped is None else skipped
+        self.seen: int = 1 if parent is None else parent.seen + 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prefix."""
+        return self.seen + self.skipped
 
     def _path(self) -> Iterator["PrefixState"]:
         node: Optional[PrefixState] = self
@@ -106,8 +68,15 @@ class PrefixState:
             node = node._parent
 
     def tokens(self) -> list[int]:
-        """The tokens of the prefix, first to last."""
+        """The tokens that the LLM sees, first to last."""
         return [node.token for node in self._path()][::-1]
+
+    def is_of(self, tokens: Sequence[int]) -> bool:
+        """Whether this is the state of a prefix, as far as the LLM sees it."""
+        tokens = list(tokens)
+        return len(tokens) == self.length and self.tokens() == (
+            tokens[:1] + tokens[1 + self.skipped :]
+        )
 
     @property
     def slot(self) -> int:
@@ -130,55 +99,6 @@ class PrefixState:
             self._pool.release(slot)
 
 
-@lru_cache(maxsize=1)
-def _layer_class() -> type:
-    from transformers.cache_utils import CacheLayerMixin
-
-    class PooledLayer(CacheLayerMixin):
-        """One layer's view of the pool, through the abstract interface of a cache layer.
-
-        Gathering happens in ``update``, so that no more than one layer of padded keys and values
-        exists at a time.
-        """
-
-        is_sliding = False
-
-        def __init__(self, pool: _Pool, layer: int, slots: torch.Tensor):
-            super().__init__()
-            self.pool, self.layer, self.slots = pool, layer, slots
-            self.seen = slots.shape[1] - 1
-
-        def lazy_initialization(self, key_states, value_states) -> None:
-            self.is_initialized = True
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            self.is_initialized = True
-            if key_states.shape[-2] != 1 or self.seen != self.slots.shape[1] - 1:
-                raise RuntimeError("expected one update with one token per layer and step")
-            self.seen += 1
-            self.pool.put(self.layer, self.slots[:, -1], key_states[:, :, 0], value_states[:, :, 0])
-            keys, values = self.pool.keys[self.layer], self.pool.values[self.layer]
-            return keys[self.slots].transpose(1, 2), values[self.slots].transpose(1, 2)
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self.slots.shape[1] - 1 + query_length, 0
-
-        def get_seq_length(self) -> int:
-            return self.seen
-
-        def get_max_length(self) -> int:
-            return -1
-
-    return PooledLayer
-
-
-def _pooled_cache(pool: _Pool, slots: torch.Tensor, num_layers: int) -> Any:
-    """A transformers ``Cache`` that reads ``slots`` (N, P+1) and first writes the last column."""
-    from transformers.cache_utils import Cache
-
-    return Cache(layers=[_layer_class()(pool, layer, slots) for layer in range(num_layers)])
-
-
 class PrefixLM:
     """Next-token logits of many prefixes at once, each computed once.
 
@@ -192,14 +112,16 @@ class PrefixLM:
     Attributes:
         num_token_forwards: Tokens sent through the model so far, padding not counted.
         num_forwards: Calls of the model so far.
+        context: Tokens that the LLM can see, see :func:`context_of`.
     """
 
     def __init__(self, model: Any, use_cache: Optional[bool] = None):
         self.model = model
         self.config = model.config.get_text_config()
         self.vocab_size = int(self.config.vocab_size)
-        self._pool = _Pool()
-        self._max_positions = _learned_positions(model)
+        self._pool = KVPool()
+        self.context = context_of(model)
+        self._warned = False
         self.num_token_forwards = 0
         self.num_forwards = 0
         self.uses_cache = True if use_cache is None else use_cache
@@ -245,12 +167,7 @@ class PrefixLM:
             raise UserError(
                 f"token id {bad[0]} is outside the LLM's vocabulary of {self.vocab_size} rows."
             )
-        longest = 1 + max(0 if state is None else state.length for state in states)
-        if self._max_positions is not None and longest > self._max_positions:
-            raise UtteranceError(
-                f"a prefix of {longest} tokens exceeds the {self._max_positions} positions that "
-                f"{type(self.model).__name__} learned; split the recording or use another LLM."
-            )
+        states = [self._within_context(state) for state in states]
         if not self.uses_cache:
             return self._recompute(tokens, states)
         return self._step(tokens, states)
@@ -262,7 +179,7 @@ class PrefixLM:
         # 1. Slots of the past and of the new token, padded at the LEFT: the new token is the last
         #    column of every row, so that the causal and the sliding-window mask are those of
         #    unpadded rows.
-        lengths = torch.tensor([0 if s is None else s.length for s in states], device=device)
+        lengths = torch.tensor([0 if s is None else s.seen for s in states], device=device)
         longest = int(lengths.max())
         mask = torch.arange(longest + 1, device=device)[None, :] >= (longest - lengths)[:, None]
         before = np.array([0 if state is None else state.slot for state in states])
@@ -270,26 +187,95 @@ class PrefixLM:
         # 2. One forward over the new tokens; the cache writes their slots and reads all.
         slots = self._pool.take(before)
         try:
-            table = torch.from_numpy(self._pool.paths(slots, longest + 1)).to(device)  # (N, P+1)
-            output = self.model(
-                input_ids=torch.tensor(tokens, device=device)[:, None],
-                attention_mask=mask.long(),
-                position_ids=lengths[:, None],
-                past_key_values=_pooled_cache(self._pool, table, self.config.num_hidden_layers),
-                use_cache=True,
-            )
+            table = self._pool.paths(slots, longest + 1)
+            new = torch.tensor(tokens, device=device)[:, None]
+            logits = self._forward(new, table, mask, lengths[:, None])
         except BaseException:
             for slot in slots.tolist():
                 self._pool.release(slot)
             raise
-        self.num_forwards += 1
-        self.num_token_forwards += len(tokens)
         # 3. A new state owns its slot from here on.
         new_states = [
             PrefixState(self._pool, parent, slot, token)
             for parent, slot, token in zip(states, slots.tolist(), tokens)
         ]
-        return output.logits[:, -1].float(), new_states
+        return logits, new_states
+
+    def _forward(
+        self, tokens: torch.Tensor, table: np.ndarray, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (N, V) float32 after new tokens (N, T) at ``positions`` (N, T).
+
+        Args:
+            tokens: The new tokens.
+            table: Slots (N, P + T), of which the last T are theirs.
+            mask: What is no padding (N, P + T).
+            positions: Of the new tokens.
+        """
+        slots = torch.from_numpy(table).to(tokens.device)
+        layers, new = self.config.num_hidden_layers, tokens.size(1)
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=pooled_cache(self._pool, slots, layers, new),
+            use_cache=True,
+        )
+        self.num_forwards += 1
+        self.num_token_forwards += tokens.numel()
+        return output.logits[:, -1].float()
+
+    def _within_context(self, state: Optional[PrefixState]) -> Optional[PrefixState]:
+        """The same prefix, cut if no token more fits into the context."""
+        if state is None or self.context is None or state.seen < self.context:
+            return state
+        if not self._warned:
+            logging.warning(
+                "a text of %d tokens fills the context of %s: from here on it sees the last %d to "
+                "%d tokens only. Split long recordings, or let endpoints end the segments of a "
+                "stream",
+                state.length,
+                type(self.model).__name__,
+                *(size - 1 for size in (_kept(self.context), self.context)),
+            )
+            self._warned = True
+        skipped = state.skipped + self.context - _kept(self.context)
+        # 1. What has no cut state yet, from the end: other prefixes share the rest.
+        missing, node = [], state
+        while node._cut is None and node.length > 1 + skipped:
+            missing.append(node)
+            node = node._parent
+        if node._cut is not None:
+            cut = node._cut
+        else:  # all of it; nothing comes between the first token and the last ones
+            cut = next(first for first in state._path() if first._parent is None)
+        # 2. The tokens of these after what is there, in one forward.
+        missing.reverse()
+        tokens = [node.token for node in missing]
+        slots: list[Optional[int]] = [None] * len(tokens)
+        if self.uses_cache and tokens:
+            slots = self._prefill(tokens, cut)
+        for node, slot in zip(missing, slots):
+            cut = node._cut = PrefixState(self._pool, cut, slot, node.token, skipped)
+        return cut
+
+    def _prefill(self, tokens: list[int], state: PrefixState) -> list[int]:
+        """Slots of T tokens, filled, after those of a state."""
+        slots: list[int] = []
+        try:
+            for _ in tokens:
+                before = slots[-1] if slots else state.slot
+                slots += self._pool.take(np.array([before])).tolist()
+            end = state.seen + len(tokens)
+            positions = torch.arange(end, device=self.model.device)[None]
+            table = self._pool.paths(np.array(slots[-1:]), end)
+            new = torch.tensor([tokens], device=self.model.device)
+            self._forward(new, table, positions >= 0, positions[:, state.seen :])
+        except BaseException:
+            for slot in slots:
+                self._pool.release(slot)
+            raise
+        return slots
 
     def _recompute(
         self, tokens: list[int], states: Sequence[Optional[PrefixState]]
@@ -348,16 +334,30 @@ def _why_not_pooled(config: Any) -> Optional[str]:
     return None
 
 
-def _learned_positions(model: Any) -> Optional[int]:
-    """Number of positions of a learned table (GPT-2, OPT); ``None`` for relative positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, torch.nn.Embedding) and last in (
-            "wpe",
-            "embed_positions",
-            "position_embedding",
-            "position_embeddings",
-        ):
-            return limit
-    return None
+def context_of(model: Any) -> Optional[int]:
+    """Tokens that an LLM can see; ``None``: any number (state-space models, ALiBi).
+
+    That is how many positions it has learned (GPT-2, OPT: beyond it cannot go), or how far the
+    training of its relative positions went (Llama: beyond, its predictions get worse and worse).
+    """
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _kept(context: int) -> int:
+    """Tokens that are left of a full context, the first included."""
+    return max(context // 2, 1)
+
+
+def context_windows(length: int, context: Optional[int]) -> list[tuple[int, int, int]]:
+    """What an LLM sees at each of ``length`` tokens, as :class:`PrefixLM` cuts prefixes.
+
+    Returns:
+        (skipped, begin, end): at tokens [begin, end) it sees the first token and those from
+        1 + skipped on.
+    """
+    windows = [(0, 0, length if context is None else min(length, context))]
+    while windows[-1][2] < length:
+        skipped, _, begin = windows[-1]
+        skipped += context - _kept(context)
+        windows.append((skipped, begin, min(length, skipped + context)))
+    return windows

@@ -11,7 +11,7 @@ from torch import Tensor
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
 from espnet_llm_plugin.llm.directory import check_llm_tokens
-from espnet_llm_plugin.llm.state import PrefixLM
+from espnet_llm_plugin.llm.state import PrefixLM, context_of, context_windows
 from espnet_llm_plugin.transducer.abs_predictor import AbsPredictor
 
 
@@ -50,9 +50,15 @@ class LLMPredictor(AbsPredictor):
     @torch.no_grad()
     def forward(self, labels: Tensor) -> Tensor:
         tokens = torch.nn.functional.pad(labels + 1, (1, 0), value=self.num_labels + 1)
-        # rows are padded on the right, which a causal model does not see
-        logits = self.llm.model(labels.device)(input_ids=tokens, use_cache=False).logits
-        return self._log_probs(logits)
+        model = self.llm.model(labels.device)
+        parts = []
+        # usually one: all of it
+        for skipped, begin, end in context_windows(tokens.size(1), context_of(model)):
+            window = torch.cat([tokens[:, :1], tokens[:, 1 + skipped : end]], 1)
+            # rows are padded on the right, which a causal model does not see
+            logits = model(input_ids=window, use_cache=False).logits
+            parts.append(self._log_probs(logits[:, begin - skipped :]))
+        return torch.cat(parts, 1)
 
     def start(self, device: torch.device) -> tuple[Tensor, Any]:
         model = self.llm.model(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.state import PrefixLM
+from espnet_llm_plugin.llm.state import PrefixLM, context_windows
 from tests.llm.tiny import FAMILIES, RECOMPUTED, tiny_model
 
 PREFIXES = ([3, 5, 7], [3, 5, 7, 1, 2, 9, 4, 4, 11, 30], [8, 2, 2, 6, 5, 3], [36], [3, 5, 9])
@@ -181,18 +181,106 @@ def test_token_outside_the_vocabulary(token):
         PrefixLM(tiny_model("llama")).step([token], [None])
 
 
-@pytest.mark.parametrize("family_", ["opt", "gpt2"])
-def test_learned_positions_end(family_):
-    lm = PrefixLM(tiny_model(family_))
-    state = state_of(lm, [1] * 20)
-    with pytest.raises(UserError, match="21 tokens exceeds the 20 positions"):
-        lm.step([1], [state])
+LONG = [1 + (7 * i + i * i) % 30 for i in range(75)]
 
 
-def test_relative_positions_do_not_end():
-    lm = PrefixLM(tiny_model("llama"))
-    logits, _ = lm.step([1], [state_of(lm, [2] * 64)])
-    torch.testing.assert_close(logits[0], full(lm.model, [2] * 64 + [1]), atol=1e-5, rtol=1e-5)
+def window(tokens, context):
+    """The slow obvious reference: what is left of tokens that come one by one."""
+    seen = []
+    for token in tokens:
+        if len(seen) == context:
+            seen = [seen[0], *seen[len(seen) - context // 2 + 1 :]]
+        seen.append(token)
+    return seen
+
+
+class TestContext:
+    """Prefixes longer than the LLM's context are cut, and search goes on."""
+
+    CONTEXT = 20
+
+    @pytest.fixture(params=["llama", "gemma2", "mistral", "opt", "gpt2"])
+    def model(self, request):
+        if request.param in ("opt", "gpt2"):
+            return tiny_model(request.param)  # 20 learned positions
+        return tiny_model(request.param, max_position_embeddings=self.CONTEXT)
+
+    @pytest.mark.parametrize("use_cache", [None, False])
+    def test_scores_are_those_of_the_last_tokens(self, model, use_cache, caplog):
+        lm, state = PrefixLM(model, use_cache=use_cache), None
+        assert lm.context == self.CONTEXT and lm.uses_cache == (use_cache is None)
+        for n, token in enumerate(LONG, 1):
+            logits, (state,) = lm.step([token], [state])
+            seen = window(LONG[:n], self.CONTEXT)
+            assert state.tokens() == seen and state.seen <= self.CONTEXT
+            assert state.length == n and state.is_of(LONG[:n]) and not state.is_of(LONG[1 : n + 1])
+            torch.testing.assert_close(logits[0], full(model, seen), atol=2e-5, rtol=2e-5)
+        assert len(caplog.messages) == 1  # a warning, once
+        assert "text of 20 tokens fills the context" in caplog.text
+        assert "the last 9 to 19 tokens only" in caplog.text
+
+    def test_branches_and_lengths_in_one_batch(self, model):
+        lm = PrefixLM(model)
+        rows = [[*LONG[:n], last] for n in (3, 18, 19, 20, 31, 44) for last in (7, 9)]
+        states = [state_of(lm, row[:-1]) for row in rows]
+        logits, _ = lm.step([row[-1] for row in rows], states)
+        expected = torch.stack([full(model, window(row, self.CONTEXT)) for row in rows])
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+
+    def test_a_cut_costs_each_token_one_forward_more(self):
+        lm = PrefixLM(tiny_model("llama", max_position_embeddings=20))
+        trunk = state_of(lm, LONG[:17])
+        branches = [trunk] * 3
+        for token in (4, 5):
+            _, branches = lm.step([token, token + 1, token + 2], branches)
+        assert lm.num_token_forwards == 17 + 6
+        _, full_ones = lm.step([1, 2, 3], branches)
+        before = lm.num_token_forwards
+        _, longer = lm.step([1, 2, 3], full_ones)
+        # the last 9 tokens of each: 6 in common, 3 of its own; then the new one
+        assert lm.num_token_forwards - before == 6 + 3 * 3 + 3
+        lm.step([1, 2, 3, 4], [*full_ones, full_ones[0]])
+        assert lm.num_token_forwards - before == 6 + 3 * 3 + 3 + 4  # not again
+        del trunk, branches, full_ones
+        # what is out of sight is freed: the first token, 6 in common, 4 of each
+        assert lm.num_slots == 1 + 6 + 3 * 4
+        del longer
+        assert lm.num_slots == 0
+
+    def test_failed_cut_leaks_nothing(self, monkeypatch):
+        lm = PrefixLM(tiny_model("llama", max_position_embeddings=20))
+        state = state_of(lm, LONG[:20])
+
+        def fail(**kwargs):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lm.model, "forward", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                lm.step([1], [state])
+        assert lm.num_slots == 20
+        logits, _ = lm.step([1], [state])
+        expected = full(lm.model, window([*LONG[:20], 1], 20))
+        torch.testing.assert_close(logits[0], expected, atol=2e-5, rtol=2e-5)
+
+    def test_no_limit_without_positions(self):
+        model = tiny_model("mamba")
+        lm = PrefixLM(model)
+        assert lm.context is None
+        state = state_of(lm, LONG)
+        assert state.tokens() == LONG
+
+
+@pytest.mark.parametrize("context", [4, 5, 20])
+def test_windows_are_what_is_seen(context):
+    for length in (1, 3, 4, 5, 20, 21, 60):
+        windows = context_windows(length, context)
+        assert [begin for _, begin, _ in windows] == [0, *(end for _, _, end in windows[:-1])]
+        assert windows[-1][2] == length
+        for skipped, begin, end in windows:
+            for n in range(begin + 1, end + 1):
+                assert window(LONG[:n], context) == [LONG[0], *LONG[1 + skipped : n]]
+    assert context_windows(60, None) == [(0, 0, 60)]
 
 
 def test_a_model_that_ignores_its_cache_is_noticed(caplog):

@@ -87,6 +87,25 @@ class TestLLM(PredictorContract):
         assert 1e-6 < (scores - exact).abs().max() < 0.2
 
 
+class TestLLMBeyondItsContext(PredictorContract):
+    """Teacher-forced and stepwise scores are cut in the same places."""
+
+    tolerance = 1e-4
+
+    @pytest.fixture(scope="class")
+    def short(self, tmp_path_factory):
+        return save_llm(tmp_path_factory.mktemp("llm"), max_position_embeddings=4)
+
+    @pytest.fixture
+    def predictor(self, short):
+        return LLMPredictor(LABELS, llm=short)
+
+    def test_far_labels_are_not_seen_and_near_ones_are(self, predictor):
+        scores = predictor(torch.tensor([[0, 3, 2, 1, 4, 2], [4, 3, 2, 1, 4, 2]]))
+        near = (scores[0] - scores[1]).abs().amax(1) > 1e-4
+        assert near.tolist() == [False, True, True, True, False, False, False]
+
+
 def test_llm_is_loaded_at_first_use_and_never_saved(llm, loads):
     predictor = LLMPredictor(LABELS, llm=llm)
     assert list(predictor.parameters()) == []

@@ -98,11 +98,10 @@ def save_llm(directory, tokens=TOKENS, seed=0, **conf):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
         bos_token_id=last,
         eos_token_id=last,
         initializer_range=0.5,
-        **conf,
+        **{"max_position_embeddings": 64, **conf},
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     (directory / "tokens.txt").write_text("".join(f"{token}\n" for token in tokens))
