@@ -13,12 +13,17 @@ from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.inference.options import add_model_options, parse_with_configs
 
+LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
 
-def get_parser() -> argparse.ArgumentParser:
+
+def get_parser(
+    prog: str = "python -m espnet_llm_plugin.bin.tune_scales", description: Optional[str] = __doc__
+) -> argparse.ArgumentParser:
+    """The options of both tuning commands."""
     types = import_quietly("espnet2.utils.types")
     parser = argparse.ArgumentParser(
-        prog="python -m espnet_llm_plugin.bin.tune_scales",
-        description=__doc__,
+        prog=prog,
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", help="Options in YAML; may be given several times")
@@ -56,6 +61,12 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--alphas", type=float, nargs="+", help="Of a factorized_transducer")
     group.add_argument("--betas", type=float, nargs="+", help="Of a factorized_transducer")
     group.add_argument("--lm_weights", type=float, nargs="+", help="Of the external LM")
+    group.add_argument(
+        "--ilm_weights",
+        type=float,
+        nargs="+",
+        help="Of the internal LM of an RNN-T, which is subtracted",
+    )
     group.add_argument("--label_bonuses", type=float, nargs="+")
 
     group = parser.add_argument_group("Search")
@@ -68,10 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = parse_with_configs(get_parser(), cmd)
-    logging.basicConfig(
-        level=args.log_level,
-        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
-    )
+    logging.basicConfig(level=args.log_level, format=LOG_FORMAT)
     from espnet_llm_plugin.inference.tune import tune
 
     tune(args)

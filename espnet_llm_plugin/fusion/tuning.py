@@ -7,7 +7,7 @@ one batch of tensors.
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Collection, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 import jiwer
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
 AXES = ("alpha", "beta", "lm_weight", "label_bonus")
+ILM_WEIGHT = "ilm_weight"  # beta of an RNN-T, with the other sign
 # Label scores computed at once: rows (utterances x points) x beam x labels; 4 bytes each, and a few
 # tensors of this size. Many rows save calls of the predictor.
 LABEL_SCORES = 4_000_000
@@ -59,17 +60,42 @@ class Point:
     substitutions: int
     words: int
 
-    def as_dict(self, axes: Sequence[str]) -> dict:
+    def scales_of(self, axes: Sequence[str]) -> dict[str, float]:
+        """The scales of ``axes`` by the names of the options of decoding."""
+        return {name_of(axis, self.scales): value_of(axis, self.scales) for axis in axes}
+
+    def as_dict(self, axes: Sequence[str]) -> dict[str, Any]:
         """The scales of ``axes``, and the errors."""
         errors = {name: value for name, value in vars(self).items() if name != "scales"}
-        return {**{axis: getattr(self.scales, axis) for axis in axes}, **errors}
+        return {**self.scales_of(axes), **errors}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Point":
+        """What :meth:`as_dict` made; scales that it lacks have no effect."""
+        values = dict(values)
+        scales = {name: values.pop(name) for name in vars(Scales()) if name in values}
+        if ILM_WEIGHT in values:
+            scales["beta"] = 0.0 - values.pop(ILM_WEIGHT)
+        return cls(Scales(**scales), **values)
+
+
+def name_of(axis: str, scales: Scales) -> str:
+    """The option of decoding: without predictor LM, beta is the internal LM's weight below zero."""
+    return ILM_WEIGHT if axis == "beta" and scales.alpha is None else axis
+
+
+def value_of(axis: str, scales: Scales) -> float:
+    """The value of that option."""
+    value = getattr(scales, axis)
+    return 0.0 - value if name_of(axis, scales) == ILM_WEIGHT else value
 
 
 def used_axes(points: Sequence[Point], has_lm: bool) -> list[str]:
     """Scales that mean something: no alpha and beta without predictor LM, no weight without LM."""
     predictor = points[0].scales.alpha is not None
-    used = {"alpha": predictor, "beta": predictor, "lm_weight": has_lm, "label_bonus": True}
-    return [axis for axis in AXES if used[axis]]
+    subtracts = any(point.scales.beta for point in points)
+    used = {"alpha": predictor, "beta": predictor or subtracts, "lm_weight": has_lm}
+    return [axis for axis in AXES if used.get(axis, True)]
 
 
 def make_grid(
@@ -87,6 +113,13 @@ def make_grid(
     ]
 
 
+class GridLists(NamedTuple):
+    """N-best lists of an utterance at P points, and the prefixes of the search."""
+
+    lists: list[list[Hypothesis]]
+    tree: "PrefixTree"
+
+
 def search_grid(
     search: Search,
     encoded: Sequence[torch.Tensor],
@@ -94,37 +127,55 @@ def search_grid(
     normalize_length: bool = False,
     side_by_side: Optional[int] = None,
 ) -> list[list[Hypothesis]]:
-    """The best hypothesis of every utterance at every point.
+    """The best hypothesis of every utterance at every point; arguments of :func:`search_lists`.
+
+    Returns:
+        N lists of P hypotheses.
+    """
+    found = search_lists(search, encoded, grid, 1, normalize_length, side_by_side)
+    return [[hyps[0] for hyps in utterance.lists] for utterance in found]
+
+
+def search_lists(
+    search: Search,
+    encoded: Sequence[torch.Tensor],
+    grid: Sequence[Scales],
+    nbest: int,
+    normalize_length: bool = False,
+    side_by_side: Optional[int] = None,
+) -> list[GridLists]:
+    """The n-best lists of every utterance at every point.
 
     Args:
         search: Of the model.
         encoded: Encoder outputs (T, D) of N utterances.
         grid: P points.
+        nbest: Length of the lists at most; the beam bounds it too.
         normalize_length: Rank by the score per symbol.
         side_by_side: Rows (utterances times points) searched at once; default: as many as memory
             allows.
 
     Returns:
-        N lists of P hypotheses.
+        Of the N utterances; those searched together share a tree.
     """
     if not search.takes_batches and len(encoded) > 1:
-        return [search_grid(search, [one], grid, normalize_length)[0] for one in encoded]
+        return [search_lists(search, [one], grid, nbest, normalize_length)[0] for one in encoded]
     if side_by_side is None:
         side_by_side = LABEL_SCORES // (search.beam_size * search.num_labels)
     lengths = torch.tensor([len(one) for one in encoded])
     padded = pad_sequence(list(encoded), batch_first=True)
     points = max(1, side_by_side // len(encoded))
-    best: list[list[Hypothesis]] = [[] for _ in encoded]
+    found: list[list[list[Hypothesis]]] = [[] for _ in encoded]
     tree = None
     for first in range(0, len(grid), points):
         settings = grid[first : first + points]
         state = search.start(settings, tree, utterances=len(encoded))
         state = search.step(state, padded, lengths)
         tree = state.tree
-        lists = state.nbest(1, normalize_length)
-        for i, found in enumerate(best):
-            found += [hyps[0] for hyps in lists[i * len(settings) : (i + 1) * len(settings)]]
-    return best
+        lists = state.nbest(nbest, normalize_length)
+        for i, mine in enumerate(found):
+            mine += lists[i * len(settings) : (i + 1) * len(settings)]
+    return [GridLists(lists, tree) for lists in found]
 
 
 def score_grid(
@@ -160,13 +211,18 @@ def score_grid(
     return points
 
 
-def best_point(points: Sequence[Point]) -> Point:
+def best_point(points: Sequence[Point], candidates: Optional[Collection[Scales]] = None) -> Point:
     """Lowest error rate; of equal ones the one whose neighbours in the grid are best.
 
     A point that wins by chance has bad neighbours.
+
+    Args:
+        points: Of the grid.
+        candidates: The scales to choose from; default: all.
     """
-    lowest = min(point.wer for point in points)
-    tied = [point for point in points if point.wer == lowest]
+    some = [point for point in points if candidates is None or point.scales in candidates]
+    lowest = min(point.wer for point in some)
+    tied = [point for point in some if point.wer == lowest]
     return min(tied, key=lambda point: _mean_wer_around(point, points))
 
 
@@ -198,24 +254,28 @@ def edges(best: Point, points: Sequence[Point]) -> list[str]:
     found = []
     for axis in AXES:
         values = axis_values(points, axis) if getattr(best.scales, axis) is not None else []
-        # 0 is a natural end of every scale but the bonus.
-        low_is_end = axis != "label_bonus" and bool(values) and values[0] == 0
-        if len(values) > 1 and (
-            getattr(best.scales, axis) == values[-1]
-            or (getattr(best.scales, axis) == values[0] and not low_is_end)
-        ):
-            found.append(axis)
+        value = getattr(best.scales, axis)
+        # 0 is a natural end of every scale but the bonus; the internal LM's weight is -beta.
+        natural = values[-1:] if name_of(axis, best.scales) == ILM_WEIGHT else values[:1]
+        if axis != "label_bonus" and value == 0 and natural == [0]:
+            continue
+        if len(values) > 1 and value in (values[0], values[-1]):
+            found.append(name_of(axis, best.scales))
     return found
 
 
-def table(points: Sequence[Point]) -> str:
-    """All points as text, best first; axes with one value are left out."""
+def table(points: Sequence[Point], reranked: Collection[Scales] = ()) -> str:
+    """All points as text, best first; axes with one value are left out.
+
+    Args:
+        reranked: Scales whose errors come from n-best lists, marked by ``~`` and listed last.
+    """
     axes = [axis for axis in AXES if len({getattr(p.scales, axis) for p in points}) > 1]
-    rows = [[*axes, "WER", "ins", "del", "sub"]]
-    for point in sorted(points, key=lambda point: point.wer):
+    rows = [[*(name_of(axis, points[0].scales) for axis in axes), "WER", "ins", "del", "sub"]]
+    for point in sorted(points, key=lambda point: (point.scales in reranked, point.wer)):
         rows.append(
-            [f"{getattr(point.scales, axis):g}" for axis in axes]
-            + [f"{point.wer:.2f}"]
+            [f"{value_of(axis, point.scales):g}" for axis in axes]
+            + [("~" if point.scales in reranked else "") + f"{point.wer:.2f}"]
             + [str(n) for n in (point.insertions, point.deletions, point.substitutions)]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -224,8 +284,11 @@ def table(points: Sequence[Point]) -> str:
     )
 
 
-def heat_map(points: Sequence[Point], best: Point):
+def heat_map(points: Sequence[Point], best: Point, reranked: Collection[Scales] = ()):
     """Matplotlib figure of the WER over two axes at the best values of the others.
+
+    Args:
+        reranked: Scales whose errors come from n-best lists, marked by ``~``.
 
     Returns:
         The figure, or None if less than two axes have several values.
@@ -238,26 +301,33 @@ def heat_map(points: Sequence[Point], best: Point):
     rows, columns = axis_values(points, axes[0]), axis_values(points, axes[1])
     others = [axis for axis in AXES if axis not in axes]
     at_best = {
-        (getattr(p.scales, axes[0]), getattr(p.scales, axes[1])): p.wer
+        (getattr(p.scales, axes[0]), getattr(p.scales, axes[1])): p
         for p in points
         if all(getattr(p.scales, axis) == getattr(best.scales, axis) for axis in others)
     }
     figure = Figure(figsize=(1.5 + 0.8 * len(columns), 1.5 + 0.6 * len(rows)), layout="tight")
     plot = figure.add_subplot()
-    image = plot.imshow([[at_best[r, c] for c in columns] for r in rows], cmap="viridis_r")
+    image = plot.imshow([[at_best[r, c].wer for c in columns] for r in rows], cmap="viridis_r")
     for i, r in enumerate(rows):
         for j, c in enumerate(columns):
-            weight = "bold" if at_best[r, c] == best.wer else "normal"
-            plot.text(j, i, f"{at_best[r, c]:.1f}", ha="center", va="center", weight=weight)
-    plot.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
-    plot.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    plot.set_xlabel(axes[1])
-    plot.set_ylabel(axes[0])
+            point = at_best[r, c]
+            mark = "~" if point.scales in reranked else ""
+            weight = "bold" if not mark and point.wer == best.wer else "normal"
+            plot.text(j, i, f"{mark}{point.wer:.1f}", ha="center", va="center", weight=weight)
+    plot.set_xticks(
+        range(len(columns)), [f"{value_of(axes[1], at_best[rows[0], c].scales):g}" for c in columns]
+    )
+    plot.set_yticks(
+        range(len(rows)), [f"{value_of(axes[0], at_best[r, columns[0]].scales):g}" for r in rows]
+    )
+    plot.set_xlabel(name_of(axes[1], best.scales))
+    plot.set_ylabel(name_of(axes[0], best.scales))
     fixed = [
-        f"{axis} {getattr(best.scales, axis):g}"
+        f"{name_of(axis, best.scales)} {value_of(axis, best.scales):g}"
         for axis in others
         if getattr(best.scales, axis) is not None
     ]
-    plot.set_title("WER [%], " + ", ".join(fixed), fontsize="medium")
+    title = ", ".join(["WER [%]", *fixed]) + ("\n~ re-ranked n-best lists" if reranked else "")
+    plot.set_title(title, fontsize="medium")
     figure.colorbar(image)
     return figure

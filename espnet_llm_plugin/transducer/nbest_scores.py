@@ -111,7 +111,7 @@ def factorized_scores(
     labels = tokens - 1
     acoustic, acoustic_blank = decoder.acoustic(batch.encoder_out)
     lm = decoder.predictor(labels.flatten(0, 1)).unflatten(0, labels.shape[:2])
-    blank = _blank_logits(decoder, batch.encoder_out, as_history(labels))
+    blank = sequence_blank_logits(decoder, batch.encoder_out, as_history(labels))
     blank = blank.float() + acoustic_blank[:, :, None, None]
 
     def nll(sequences: slice, lm_scale: float) -> Tensor:
@@ -141,7 +141,7 @@ def factorized_scores(
     return SequenceScores(transcript_nll, scores, {"ilm": -lm_sums[:, 0]})
 
 
-def _blank_logits(
+def sequence_blank_logits(
     decoder: "FactorizedTransducerDecoder", encoder_out: Tensor, history: Tensor
 ) -> Tensor:
     """The joiner's part of the blank logits, (B, T, S, U+1), of histories (B, S, U+1).

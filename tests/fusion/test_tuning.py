@@ -91,16 +91,16 @@ def test_empty_reference_counts_insertions():
 
 
 def points(wers, betas=(0.0, 0.5, 1.0), bonuses=(0.0, 1.0, 2.0)):
-    grid = make_grid([None], betas, [0.0], bonuses)
+    grid = make_grid([0.5], betas, [0.0], bonuses)
     return [Point(scales, wer, 0, 0, 1, 100) for scales, wer in zip(grid, wers)]
 
 
 def test_best_point_has_the_lowest_rate_and_good_neighbours():
     #            bonus 0, 1, 2
     found = points([9, 5, 9, 9, 9, 6, 9, 6, 5])
-    assert best_point(found).scales == Scales(None, 1.0, 0.0, 2.0)
+    assert best_point(found).scales == Scales(0.5, 1.0, 0.0, 2.0)
     found = points([9, 4, 9, 9, 9, 6, 9, 6, 5])
-    assert best_point(found).scales == Scales(None, 0.0, 0.0, 1.0)
+    assert best_point(found).scales == Scales(0.5, 0.0, 0.0, 1.0)
 
 
 def test_optimum_at_an_end_of_the_grid_is_told():

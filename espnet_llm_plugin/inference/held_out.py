@@ -1,0 +1,206 @@
+"""Held-out utterances, and the model whose scales are tuned on them, in one process or several."""
+
+import argparse
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import torch
+from tqdm import tqdm
+
+from espnet_llm_plugin import registry
+from espnet_llm_plugin.data.kaldi import read_clean_table
+from espnet_llm_plugin.errors import UserError, first_line
+from espnet_llm_plugin.inference.batches import Utterance, by_length
+from espnet_llm_plugin.inference.decode import FAILURES
+from espnet_llm_plugin.inference.loading import load_asr, load_lm, require_file
+from espnet_llm_plugin.inference.options import device_of
+from espnet_llm_plugin.inference.recognizer import build_search, encode
+from espnet_llm_plugin.inference.utterances import Utterances, read_keys
+
+# What is done with a batch: its utterance ids and encoder outputs (T, D).
+Work = Callable[[list[str], list[torch.Tensor]], None]
+
+
+def read_references(args: argparse.Namespace) -> dict[str, str]:
+    """Transcripts of the utterances to tune on, in their order; checks the options.
+
+    Raises:
+        UserError: A bad option, a missing file, or an utterance without transcript.
+    """
+    if args.ngpu > 1:
+        raise UserError(f"--ngpu {args.ngpu}: tuning uses one GPU")
+    for name, what in (("nj", "process"), ("batch_size", "utterance")):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least one {what} is needed")
+    device_of(args)
+    if len(args.data_path_and_name_and_type) != 1:
+        raise UserError("give --data_path_and_name_and_type once, for `speech`")
+    require_file(args.text, "--text", "the transcripts, `utterance-id words ...` a line")
+    references = read_clean_table(args.text, may_be_empty=True)
+    keys = read_keys(args.key_file or args.data_path_and_name_and_type[0][0])
+    without = [key for key in keys if key not in references]
+    if without:
+        raise UserError(f"{args.text} has no transcript of {len(without)} utterances: {without[0]}")
+    return {key: references[key] for key in keys}
+
+
+def model_files(args: argparse.Namespace) -> list[Optional[str]]:
+    """Files that the results depend on."""
+    files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
+    return [*files, args.predictor_file, args.text]
+
+
+class HeldOut:
+    """The utterances and the model, loaded.
+
+    Args:
+        args: Options of a tuning command.
+
+    Attributes:
+        asr: Recogniser.
+        has_lm: Whether there is an external LM.
+        search: Of the recogniser, with the LM.
+
+    Raises:
+        UserError: Bad options, models or data.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        device = device_of(args)
+        self.asr = load_asr(
+            args.asr_train_config,
+            args.asr_model_file,
+            device=device,
+            predictor=args.predictor,
+            predictor_conf=args.predictor_conf,
+            predictor_file=args.predictor_file,
+            token_type=args.token_type,
+            bpemodel=args.bpemodel,
+        )
+        if self.asr.text.text([]) is None:
+            raise UserError("the model has no token_type: give --token_type, so that words exist")
+        self.has_lm = bool(args.lm_train_config)
+        lm = None
+        if self.has_lm:
+            tokens = self.asr.model.token_list
+            lm = load_lm(args.lm_train_config, args.lm_file, tokens, device=device)
+        self.search = build_search(
+            self.asr,
+            lm,
+            beam_size=args.beam_size,
+            max_symbols_per_frame=args.max_symbols_per_frame,
+        )
+        self.data = Utterances(
+            args.data_path_and_name_and_type,
+            self.asr.train_args,
+            sample_rate=self.asr.sample_rate,
+            key_file=args.key_file,
+        )
+        self._batch_size = args.batch_size
+
+    def text_of(self, labels: Sequence[int]) -> str:
+        """Text of labels."""
+        return self.asr.text.text(self.asr.text.tokens([label + 1 for label in labels]))
+
+    def for_each_batch(self, work: Work, part: int = 0, parts: int = 1) -> dict[str, str]:
+        """Encode every ``parts``-th utterance, from number ``part`` on, and call ``work``.
+
+        Returns:
+            Reasons of utterances that failed.
+        """
+        failed: dict[str, str] = {}
+        mine = self.data.keys[part::parts]
+        skip = set(self.data.keys) - set(mine)
+        progress = tqdm(total=len(mine), unit="utt", disable=part > 0 or not sys.stderr.isatty())
+
+        def readable() -> Iterator[Utterance]:
+            for utt, speech, reason in self.data.read(skip=list(skip)):
+                if reason:
+                    failed[utt] = reason
+                else:
+                    yield Utterance(utt, speech)
+
+        def attempt(batch: Sequence[Utterance]) -> None:
+            encoder_out, lengths = encode(self.asr.model, [one.speech for one in batch])
+            encoded = [out[:length] for out, length in zip(encoder_out, lengths.tolist())]
+            work([one.utt for one in batch], encoded)
+
+        for batch in by_length(readable(), self._batch_size):
+            try:
+                attempt(batch)
+            except FAILURES as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError) and len(batch) == 1:
+                    raise
+                # One by one, so that only the utterance that fails is lost.
+                for utterance in batch:
+                    try:
+                        attempt([utterance])
+                    except FAILURES as error:
+                        if isinstance(error, torch.cuda.OutOfMemoryError):
+                            raise
+                        failed[utterance.utt] = first_line(error)
+            progress.update(len(batch))
+        progress.close()
+        return failed
+
+
+Run = Callable[..., list[Any]]
+
+
+@contextmanager
+def workers(args: argparse.Namespace, num_utterances: int) -> Iterator[Run]:
+    """Processes that keep the model while they are used: one on a GPU, ``args.nj`` on the CPU.
+
+    Yields:
+        ``run(function, *more)``: the results of ``function(held_out, part, parts, *more)`` for
+        every part, in order. The function is one of a module, and all it takes can be pickled.
+    """
+    processes = 1 if args.ngpu else min(args.nj, num_utterances)
+    if processes == 1:
+        held_out: list[HeldOut] = []
+
+        def run_here(function: Callable, *more: Any) -> list[Any]:
+            held_out[:] = held_out or [HeldOut(args)]
+            return [function(held_out[0], 0, 1, *more)]
+
+        yield run_here
+        return
+    # Forked after ESPnet is imported (10 s) and before a model exists or a thread runs.
+    registry.register()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(
+        processes, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+
+        def run_there(function: Callable, *more: Any) -> list[Any]:
+            futures = [
+                pool.submit(_run_part, args, function, part, processes, *more)
+                for part in range(processes)
+            ]
+            return [future.result() for future in futures]
+
+        yield run_there
+
+
+_held_out: list[HeldOut] = []  # of this worker process
+
+
+def _run_part(args: argparse.Namespace, function: Callable, *more: Any) -> Any:
+    if not _held_out:
+        _held_out.append(HeldOut(args))
+    return function(_held_out[0], *more)
+
+
+def check_failures(failed: dict[str, str], keys: Sequence[str]) -> dict[str, str]:
+    """The failures in the order of the utterances.
+
+    Raises:
+        UserError: Not one utterance is left.
+    """
+    if len(failed) == len(keys):
+        utt, reason = next(iter(failed.items()))
+        raise UserError(f"not one utterance could be decoded; {utt} {reason}")
+    return {key: failed[key] for key in keys if key in failed}
