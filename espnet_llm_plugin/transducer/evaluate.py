@@ -7,14 +7,18 @@ B utterances, T frames, V tokens.
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.transducer.alignment import AlignmentSums, transitions
+from espnet_llm_plugin.transducer.base_model import AbsTransducerModel, trim
+from espnet_llm_plugin.transducer.lattice import lattice_nll
+from espnet_llm_plugin.transducer.word_errors import WordErrors
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class CorpusNLL:
         num_labels: tokens of the transcripts.
         num_utterances: utterances counted.
         num_impossible: utterances of probability zero (CTC: more labels, repetitions counted
-            twice, than frames; no frames at all), left out of all the above.
+            twice, than frames; no frames at all), left out of all else.
+        alignment: of a transducer: means along the best alignments, see
+            :class:`~espnet_llm_plugin.transducer.alignment.AlignmentSums`.
+        internal_lm: of a transducer: word_perplexity of the texts, and their number of words.
     """
 
     nll_per_label: float
@@ -37,8 +44,10 @@ class CorpusNLL:
     num_labels: int
     num_utterances: int
     num_impossible: int
+    alignment: dict[str, Optional[float]] = field(default_factory=dict)
+    internal_lm: dict[str, Optional[float]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Union[float, int]]:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
@@ -56,7 +65,8 @@ def corpus_nll(
     Raises:
         UserError: no utterances, no labels, or a model that has neither.
     """
-    if not hasattr(model, "utterance_nll") and getattr(model, "ctc", None) is None:
+    is_transducer = isinstance(model, AbsTransducerModel)
+    if not is_transducer and getattr(model, "ctc", None) is None:
         raise UserError(
             f"cannot evaluate a {type(model).__name__}: expected model transducer or "
             "factorized_transducer, or an ESPnet model with a CTC branch (ctc_weight > 0)"
@@ -64,12 +74,12 @@ def corpus_nll(
     model.eval()
     device = next(model.parameters()).device
     total, labels, utterances, impossible = 0.0, 0, 0, 0
+    sums = AlignmentSums()
     for names, batch in batches:
         inputs = [
             batch[key].to(device) for key in ("speech", "speech_lengths", "text", "text_lengths")
         ]
-        nll_of = getattr(model, "utterance_nll", None)
-        values = nll_of(*inputs) if nll_of is not None else _ctc_nll(model, *inputs)
+        values = _nll_along(model, sums, *inputs) if is_transducer else _ctc_nll(model, *inputs)
         for name, value, count in zip(names, values.tolist(), batch["text_lengths"].tolist()):
             if math.isfinite(value):
                 total, labels, utterances = total + value, labels + count, utterances + 1
@@ -81,7 +91,38 @@ def corpus_nll(
             f"nothing to evaluate: {utterances} utterances with {labels} labels, and {impossible} "
             "that the model cannot produce"
         )
-    return CorpusNLL(total / labels, total / utterances, total, labels, utterances, impossible)
+    further = sums.report() if is_transducer else {}
+    return CorpusNLL(
+        total / labels, total / utterances, total, labels, utterances, impossible, **further
+    )
+
+
+@torch.no_grad()
+def _nll_along(
+    model: AbsTransducerModel,
+    sums: AlignmentSums,
+    speech: Tensor,
+    speech_lengths: Tensor,
+    text: Tensor,
+    text_lengths: Tensor,
+) -> Tensor:
+    """-log P(text | speech) (B,); adds the best alignments to ``sums``."""
+    encoder_out, frame_lengths = model.encode_frames(speech, speech_lengths)
+    everything = torch.ones_like(frame_lengths, dtype=torch.bool)
+    batch = trim(encoder_out, frame_lengths, text, text_lengths, everything)
+    found = transitions(model, batch)
+    values = lattice_nll(found.blank, found.label, batch.frame_lengths, batch.text_lengths)
+    words = WordErrors(model.token_list).words
+    for i, value in enumerate(values.tolist()):
+        num_frames, num_labels = int(batch.frame_lengths[i]), int(batch.text_lengths[i])
+        if math.isfinite(value):
+            sums.add(
+                found.blank[i, :num_frames, : num_labels + 1].double().cpu().numpy(),
+                found.label[i, :num_frames, :num_labels].double().cpu().numpy(),
+                float(found.lm[i]),
+                len(words(batch.text[i, :num_labels].tolist())),
+            )
+    return values
 
 
 @torch.no_grad()
