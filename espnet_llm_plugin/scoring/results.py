@@ -5,16 +5,25 @@
     command: ./run.sh                       # optional: how all this was made
     notes: |                                # optional: what a reader must know
       Synthetic speech.
-    baseline: RNN-T                         # optional: paired comparison with each other system
+    baseline: RNN-T                         # optional: paired comparison with each other system;
+                                            # or a list of such
+    seeds: [1, 2, 3]                        # optional: what {seed} in a path stands for; means over
+                                            # seeds, and their standard deviation, are reported
+    unfinished: true                        # optional: systems and seeds that are not scored yet
+                                            # are listed as not run or left out, not an error
     systems:
       - name: RNN-T
         test: exp/asr_rnnt/decode/test      # scored directory, or {data set: directory, ...}
         dev: exp/asr_rnnt/decode/dev        # optional, scored directory
         scales: exp/asr_rnnt/scales.json    # optional, {"best": {...}} or {...}; or a mapping here
         dev_nll: exp/asr_rnnt/dev_nll.json  # optional, {"nll_per_label": nats}
+        perplexity: exp/lm/perplexity.json  # optional, {"word_perplexity": ...}, or with that in
+                                            # "internal_lm" (what evaluate_nll writes)
         rtf: exp/asr_rnnt/decode/test/logdir/output.*/rtf.json    # optional, {"rtf": ...}; several
                                             # jobs are weighted by their "audio_seconds"
         time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum
+        group: 5 epochs                     # optional: a table for each group, comparisons inside
+        command: ./run.sh --rows rnnt       # optional: how this system was made
 
 A scored directory is the ``--output_dir`` of ``espnet_llm_plugin.bin.score``. Paths are relative
 to the working directory.
@@ -23,81 +32,112 @@ to the working directory.
 import glob
 import json
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Iterator, Optional, Union
 
+import numpy as np
 import yaml
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.alignment import Counts
-from espnet_llm_plugin.scoring.bootstrap import Difference
+from espnet_llm_plugin.scoring.bootstrap import Difference, error_rate_interval
 from espnet_llm_plugin.scoring.evaluate import (
     SCORES,
+    Counted,
     check_same_references,
     compare_counts,
+    pool_counts,
     read_counts,
 )
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 from espnet_llm_plugin.scoring.wer import Summary
 
-SCALES = ("alpha", "beta", "label_bonus", "lm_weight")
+SCALES = ("alpha", "beta", "label_bonus", "lm_weight", "ilm_weight")
 
-_TOP_KEYS = {"command", "notes", "baseline", "systems"}
-_SYSTEM_KEYS = {"name", "test", "dev", "scales", "dev_nll", "rtf", "time"}
+_TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "systems"}
+_SYSTEM_KEYS = {"name", "group", "command", "test", "dev", "scales", "dev_nll", "perplexity"}
+_SYSTEM_KEYS |= {"rtf", "time"}
+_SEED = "{seed}"
 
 
 @dataclass(frozen=True)
 class Rate:
-    """An error rate of one data set."""
+    """An error rate of one data set; over several seeds, sums and hence the mean."""
 
     summary: Summary
-    low: float  # 95 % interval in per cent
+    low: float  # 95 % interval in per cent: of the utterances, not of the seeds
     high: float
+    deviation: Optional[float] = None  # standard deviation over seeds in per cent
 
 
 @dataclass(frozen=True)
 class DataSet:
     """What ``score`` found for one data set."""
 
-    directory: Path
+    directories: dict[Optional[int], Path]  # by seed; None: one run, whatever its seed
     rates: dict[str, Rate]  # by "wer", "cer", "ter"
+
+    def counts(self, seeds: Optional[set[Optional[int]]] = None, unit: str = WER) -> Counted:
+        """Errors of each utterance, summed over the seeds (default: all)."""
+        return pool_counts(
+            [
+                read_counts(directory, unit)
+                for seed, directory in self.directories.items()
+                if seeds is None or seed in seeds
+            ]
+        )
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of the table; what is not known is None."""
+    """One line of the table; what is not known is None, or empty. Numbers are means over seeds."""
 
     name: str
     tests: dict[str, DataSet]
     dev: Optional[DataSet] = None
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: list[dict[str, float]] = field(default_factory=list)  # that differ, in order of seeds
     dev_nll: Optional[float] = None  # nats per label
+    perplexity: Optional[float] = None  # of its LM, by words
     rtf: Optional[float] = None
     seconds: Optional[float] = None  # of training
+    group: Optional[str] = None
+    command: Optional[str] = None
 
 
 @dataclass(frozen=True)
 class Results:
     systems: list[System]
-    baseline: Optional[System]
+    baselines: list[str]
     command: Optional[str]
     notes: Optional[str]
 
-    def comparisons(self, test: str, resamples: int, seed: int) -> list[tuple[System, Difference]]:
-        """Paired bootstrap of the baseline with every other system that has this test set."""
-        base = self.baseline
-        if base is None or test not in base.tests:
+    def groups(self) -> dict[Optional[str], list[System]]:
+        """Systems by their groups, in order of appearance."""
+        found: dict[Optional[str], list[System]] = {}
+        for system in self.systems:
+            found.setdefault(system.group, []).append(system)
+        return found
+
+    def comparisons(
+        self, test: str, baseline: str, group: Optional[str], resamples: int, seed: int
+    ) -> list[tuple[System, Difference]]:
+        """Paired bootstrap of a baseline with every other system of its group on a test set.
+
+        Only seeds that both have count; systems without such are left out.
+        """
+        systems = {s.name: s for s in self.groups()[group] if test in s.tests}
+        if baseline not in systems:
             return []
-        first = read_counts(base.tests[test].directory)
-        return [
-            (
-                system,
-                compare_counts(first, read_counts(system.tests[test].directory), resamples, seed),
-            )
-            for system in self.systems
-            if system is not base and test in system.tests
-        ]
+        base = systems.pop(baseline).tests[test]
+        pairs = []
+        for system in systems.values():
+            common = base.directories.keys() & system.tests[test].directories.keys()
+            if common:
+                first, second = base.counts(common), system.tests[test].counts(common)
+                pairs.append((system, compare_counts(first, second, resamples, seed)))
+        return pairs
 
     def tests(self) -> list[str]:
         """Names of all test sets, in order of appearance."""
@@ -116,52 +156,140 @@ def load_results(path: Union[str, Path]) -> Results:
     entries = config["systems"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: systems must be a list of mappings")
-    systems = [_load_system(f"{path}: system {n}", entry) for n, entry in enumerate(entries, 1)]
-    by_name = {system.name: system for system in systems}
-    if not systems or len(by_name) < len(systems):
-        raise UserError(f"{path}: systems need at least one entry, and names that differ")
-    baseline = config.get("baseline")
-    if baseline is not None and baseline not in by_name:
-        raise UserError(f"{path}: baseline {baseline} is none of {', '.join(by_name)}")
+    reader = _Reader(_seeds(path, config.get("seeds")), config.get("unfinished") is True)
+    systems = [
+        _load_system(f"{path}: system {n}", entry, reader) for n, entry in enumerate(entries, 1)
+    ]
+    names = dict.fromkeys(system.name for system in systems)
+    if not systems or len({(s.group, s.name) for s in systems}) < len(systems):
+        raise UserError(
+            f"{path}: systems need at least one entry, and names that differ (in each group)"
+        )
+    baselines = config.get("baseline") or []
+    baselines = baselines if isinstance(baselines, list) else [baselines]
+    for baseline in baselines:
+        if baseline not in names:
+            raise UserError(f"{path}: baseline {baseline} is none of {', '.join(names)}")
     results = Results(
         systems=systems,
-        baseline=by_name.get(baseline),
+        baselines=baselines,
         command=config.get("command"),
         notes=config.get("notes"),
     )
+    if not results.tests():
+        raise UserError(f"{path}: not one of its systems has been scored yet")
     _check_references(results)
     return results
+
+
+def _seeds(path: Union[str, Path], value: Any) -> list[int]:
+    value = [] if value is None else value
+    if not isinstance(value, list) or any(type(seed) is not int for seed in value):
+        raise UserError(f"{path}: seeds must be a list of integers, not {value!r}")
+    return value
 
 
 def _check_references(results: Results) -> None:
     """All systems must have been scored on the same utterances and words."""
     for test in results.tests():
-        counted = [read_counts(s.tests[test].directory) for s in results.systems if test in s.tests]
+        counted = [
+            read_counts(directory)
+            for system in results.systems
+            if test in system.tests
+            for directory in system.tests[test].directories.values()
+        ]
         for other in counted[1:]:
             check_same_references(counted[0], other)
 
 
-def _load_system(where: str, entry: dict) -> System:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads what a path stands for: one file or directory, or one of each seed."""
+
+    seeds: list[int]
+    unfinished: bool
+
+    def each(self, path: Union[str, Path]) -> Iterator[tuple[Optional[int], str]]:
+        """Seed and path; one pair with None if the path has no ``{seed}``."""
+        if _SEED not in str(path):
+            yield None, str(path)
+            return
+        if not self.seeds:
+            raise UserError(f"{path}: there is {_SEED} in it, but `seeds` is missing")
+        for seed in self.seeds:
+            yield seed, str(path).replace(_SEED, str(seed))
+
+    def present(self, paths: dict[Optional[int], str]) -> dict[Optional[int], str]:
+        """Without those that do not exist, if some may be unfinished."""
+        if not self.unfinished:
+            return paths
+        return {seed: path for seed, path in paths.items() if glob.glob(path)}
+
+    def mean(self, path: Optional[str], read: Callable[[str], float]) -> Optional[float]:
+        """Mean over the seeds of what ``read`` finds; None if there is nothing."""
+        if path is None:
+            return None
+        found = self.present(dict(self.each(path)))
+        return statistics.fmean(map(read, found.values())) if found else None
+
+    def data_set(self, directory: Union[str, Path]) -> Optional[DataSet]:
+        """What was scored there; None if nothing is finished."""
+        scores = {seed: str(Path(one) / SCORES) for seed, one in self.each(directory)}
+        directories = {seed: Path(path).parent for seed, path in self.present(scores).items()}
+        return _pooled(directories) if directories else None
+
+
+def _load_system(where: str, entry: dict, reader: _Reader) -> System:
     _check_keys(where, entry, _SYSTEM_KEYS, required={"name", "test"})
     where = f"{where} ({entry['name']})"
     test = entry["test"]
     directories = test if isinstance(test, dict) else {Path(str(test)).name: test}
+    tests = {str(name): reader.data_set(directory) for name, directory in directories.items()}
     times = entry.get("time")
     times = times if isinstance(times, list) else [times] if times is not None else []
-    seconds = [_read_number(file, "seconds") for file in times]
+    seconds = [reader.mean(file, lambda one: _read_number(one, "seconds")) for file in times]
     return System(
         name=str(entry["name"]),
-        tests={str(name): _load_data_set(directory) for name, directory in directories.items()},
-        dev=None if entry.get("dev") is None else _load_data_set(entry["dev"]),
-        scales=_load_scales(where, entry.get("scales")),
-        dev_nll=_read_optional(entry.get("dev_nll"), "nll_per_label"),
-        rtf=_read_rtf(entry.get("rtf")),
-        seconds=sum(seconds) if seconds else None,
+        tests={name: found for name, found in tests.items() if found is not None},
+        dev=None if entry.get("dev") is None else reader.data_set(entry["dev"]),
+        scales=_load_scales(where, entry.get("scales"), reader),
+        dev_nll=reader.mean(entry.get("dev_nll"), lambda one: _read_number(one, "nll_per_label")),
+        perplexity=reader.mean(entry.get("perplexity"), _read_perplexity),
+        rtf=reader.mean(entry.get("rtf"), _read_rtf),
+        seconds=sum(seconds) if seconds and None not in seconds else None,
+        group=entry.get("group"),
+        command=entry.get("command"),
     )
 
 
-def _load_data_set(directory: Union[str, Path]) -> DataSet:
-    path = Path(str(directory)) / SCORES
+def _pooled(directories: dict[Optional[int], Path]) -> DataSet:
+    runs = [_load_rates(directory) for directory in directories.values()]
+    if len(runs) == 1:
+        return DataSet(directories, runs[0])
+    rates = {}
+    for unit in runs[0]:
+        summaries = [run[unit].summary for run in runs]
+        pooled = DataSet(directories, {}).counts(unit=unit)
+        interval = error_rate_interval(
+            np.array(list(pooled.errors.values())), np.array(list(pooled.words.values()))
+        )
+        summary = Summary(
+            sentences=sum(one.sentences for one in summaries),
+            sentence_errors=sum(one.sentence_errors for one in summaries),
+            counts=Counts(*map(sum, zip(*(one.counts for one in summaries)))),
+        )
+        deviation = statistics.stdev(one.rate for one in summaries)
+        rates[unit] = Rate(summary, *interval, deviation=deviation)
+    return DataSet(directories, rates)
+
+
+def load_data_set(directory: Path) -> DataSet:
+    """What ``score`` found in one directory."""
+    return DataSet({None: directory}, _load_rates(directory))
+
+
+def _load_rates(directory: Path) -> dict[str, Rate]:
+    path = directory / SCORES
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; score {directory} first (espnet_llm_plugin.bin.score)"
@@ -184,28 +312,39 @@ def _load_data_set(directory: Union[str, Path]) -> DataSet:
             raise KeyError(WER)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not written by espnet_llm_plugin.bin.score ({error})") from error
-    return DataSet(Path(str(directory)), rates)
+    return rates
 
 
-def _load_scales(where: str, value: Any) -> dict[str, float]:
+def _load_scales(where: str, value: Any, reader: _Reader) -> list[dict[str, float]]:
+    """Those that differ, in order of seeds."""
     if value is None:
-        return {}
+        return []
     if isinstance(value, str):
-        where, value = value, _read_table(value)
-        value = value.get("best", value)
+        files = reader.present(dict(reader.each(value)))
+        tables = {file: _read_table(file) for file in files.values()}
+        found = [_scales(file, table.get("best", table)) for file, table in tables.items()]
+    else:
+        found = [_scales(where, value)]
+    return [scales for n, scales in enumerate(found) if scales not in found[:n]]
+
+
+def _scales(where: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not any(name in value for name in SCALES):
         raise UserError(f"{where}: no scale in it; expected some of {', '.join(SCALES)}")
     return {name: _number(f"{where}: {name}", value[name]) for name in SCALES if name in value}
 
 
-def _read_optional(path: Optional[str], key: str) -> Optional[float]:
-    return None if path is None else _read_number(path, key)
+def _read_perplexity(path: str) -> float:
+    """Word perplexity, alone or of the internal LM that ``evaluate_nll`` reports."""
+    table = _read_table(path)
+    table = table.get("internal_lm") or table
+    if "word_perplexity" not in table:
+        raise UserError(f"{path}: no word_perplexity in it")
+    return _number(f"{path}: word_perplexity", table["word_perplexity"])
 
 
-def _read_rtf(pattern: Optional[str]) -> Optional[float]:
+def _read_rtf(pattern: str) -> float:
     """Real-time factor of all decoding jobs whose file matches the pattern."""
-    if pattern is None:
-        return None
     files = sorted(glob.glob(str(pattern)))
     if not files:
         raise UserError(f"{pattern}: no such file")

@@ -11,29 +11,34 @@ from pathlib import Path
 from typing import Callable, Optional
 
 from espnet_llm_plugin import __version__
+from espnet_llm_plugin.scoring.diagnose import PAGE as DIAGNOSIS
 from espnet_llm_plugin.scoring.report import percentage_cells
-from espnet_llm_plugin.scoring.results import DataSet, Results
+from espnet_llm_plugin.scoring.results import DataSet, Results, load_data_set
 from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 
 UNKNOWN = "-"
+NOT_RUN = "not run"
 _SCALE_NAMES = {"alpha": "alpha", "beta": "beta", "label_bonus": "bonus", "lm_weight": "LM"}
+_SCALE_NAMES["ilm_weight"] = "internal LM"
 
 
-def comparison(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of systems; columns that nobody fills are left out."""
+def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a group; columns that nobody fills are left out."""
     header = ["system", "dev WER"]
     for test in results.tests():
-        header += [f"{test} WER", "95 %", "ins / del / sub"]
-    header += ["scales", "dev NLL/label", "RTF", "training"]
+        header += [f"{test} WER", "sd over seeds", "95 %", "ins / del / sub"]
+    header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "RTF", "training"]
     rows = []
-    for system in results.systems:
+    for system in results.groups()[group]:
         row = [system.name, UNKNOWN if system.dev is None else _rate(system.dev)]
         for test in results.tests():
-            row += _test_cells(system.tests.get(test))
-        scales = [f"{_SCALE_NAMES[name]} {value:g}" for name, value in system.scales.items()]
+            row += _test_cells(system.tests.get(test), missing=UNKNOWN if system.tests else NOT_RUN)
+        seeds = {seed for data in system.tests.values() for seed in data.directories}
         row += [
-            ", ".join(scales) or UNKNOWN,
+            str(len(seeds)) if seeds - {None} else UNKNOWN,
+            "; ".join(map(_scales, system.scales)) or UNKNOWN,
+            _number(system.perplexity, "{:.1f}"),
             _number(system.dev_nll, "{:.3f}"),
             _number(system.rtf, "{:.3f}"),
             UNKNOWN if system.seconds is None else duration(system.seconds),
@@ -43,10 +48,14 @@ def comparison(results: Results) -> tuple[list[str], list[list[str]]]:
     return [header[n] for n in filled], [[row[n] for n in filled] for row in rows]
 
 
+def _scales(scales: dict[str, float]) -> str:
+    return ", ".join(f"{_SCALE_NAMES[name]} {value:g}" for name, value in scales.items())
+
+
 def paired(
-    results: Results, test: str, resamples: int, seed: int
+    results: Results, test: str, baseline: str, group: Optional[str], resamples: int, seed: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison of the baseline with each other system."""
+    """Header and rows of the comparison of a baseline with each other system of its group."""
     header = ["system", "WER", "baseline - system", "95 %", "relative", "better in"]
     rows = [
         [
@@ -57,7 +66,7 @@ def paired(
             f"{pair.relative:+.1f} %",
             f"{100 * pair.probability:.1f} %",
         ]
-        for system, pair in results.comparisons(test, resamples, seed)
+        for system, pair in results.comparisons(test, baseline, group, resamples, seed)
     ]
     return header, rows
 
@@ -77,17 +86,20 @@ class Summary:
 
 
 def summarize(results: Results, resamples: int, seed: int) -> Summary:
-    """The comparison of systems, and a paired comparison with the baseline on each test set."""
-    tables = [("", *comparison(results))]
-    for test in results.tests():
-        header, rows = paired(results, test, resamples, seed)
-        if rows:
-            title = (
-                f"Paired comparison with {results.baseline.name} on {test}: WER, absolute; positive"
-                f" where the system is better; with a star where the 95 % interval of {resamples}"
-                " bootstrap resamples of the utterances excludes 0"
-            )
-            tables.append((title, header, rows))
+    """For each group the comparison of its systems, and paired ones with each baseline."""
+    tables = []
+    for group in results.groups():
+        tables.append(("" if group is None else f"### {group}", *comparison(results, group)))
+        for test in results.tests():
+            for baseline in results.baselines:
+                header, rows = paired(results, test, baseline, group, resamples, seed)
+                if rows:
+                    title = (
+                        f"Paired comparison with {baseline} on {test}: WER, absolute; positive"
+                        " where the system is better; with a star where the 95 % interval of "
+                        f"{resamples} bootstrap resamples of the utterances excludes 0"
+                    )
+                    tables.append((title, header, rows))
     return Summary(tables)
 
 
@@ -100,6 +112,13 @@ def results_markdown(results: Results, summary: Summary) -> str:
     ]
     if results.notes:
         text.append(results.notes.strip() + "\n")
+    commands = [
+        [system.group or UNKNOWN, system.name, f"`{system.command.strip()}`"]
+        for system in results.systems
+        if system.command
+    ]
+    if commands:
+        text.append(f"## Commands\n\n{markdown(['group', 'system', 'command'], commands)}")
     text.append(environment(results.command))
     text += _espnet_blocks(results)
     return "\n".join(text)
@@ -129,14 +148,21 @@ def _espnet_blocks(results: Results) -> list[str]:
     """Per experiment directory and error rate one table, a line per decoding directory."""
     directories: dict[Path, DataSet] = {}
     for system in results.systems:
-        sets = [*([system.dev] if system.dev else []), *system.tests.values()]
-        directories.update((data.directory, data) for data in sets)
+        for data in [*([system.dev] if system.dev else []), *system.tests.values()]:
+            for directory in data.directories.values():
+                directories[directory] = (
+                    data if len(data.directories) == 1 else load_data_set(directory)
+                )
     # exp/asr_x/decode_y/test: one section for exp/asr_x, one line for decode_y/test.
     experiments = dict.fromkeys(directory.parent.parent for directory in directories)
     header = ["dataset", "Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err"]
     text = []
     for experiment in experiments:
         text.append(f"## {experiment}\n")
+        decodings = dict.fromkeys(d.parent for d in directories if d.parent.parent == experiment)
+        pages = [f"`{path}`" for path in (d / DIAGNOSIS for d in decodings) if path.is_file()]
+        if pages:
+            text.append(f"Failure signatures and their numbers: {', '.join(pages)}\n")
         for unit in (WER, CER, TER):
             rows = [
                 [
@@ -162,13 +188,14 @@ def _rate(data: DataSet) -> str:
     return f"{data.rates[WER].summary.rate:.2f}"
 
 
-def _test_cells(data: Optional[DataSet]) -> list[str]:
+def _test_cells(data: Optional[DataSet], missing: str) -> list[str]:
     if data is None:
-        return [UNKNOWN] * 3
+        return [missing] + [UNKNOWN] * 3
     rate = data.rates[WER]
     _, sub, dele, ins, _, _ = rate.summary.percentages()
     kinds = f"{ins:.2f} / {dele:.2f} / {sub:.2f}"
-    return [_rate(data), f"{rate.low:.2f}-{rate.high:.2f}", kinds]
+    interval = f"{rate.low:.2f}-{rate.high:.2f}"
+    return [_rate(data), _number(rate.deviation, "{:.2f}"), interval, kinds]
 
 
 def _number(value: Optional[float], form: str) -> str:

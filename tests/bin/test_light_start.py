@@ -7,6 +7,7 @@ import pytest
 
 LIGHT = (
     "ctc_init",
+    "diagnose",
     "filter_data_dir",
     "format_wav_scp",
     "make_synthetic_corpus",

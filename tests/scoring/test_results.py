@@ -114,11 +114,11 @@ def test_columns_that_nobody_fills_are_left_out(recipe):
 
 def test_paired_comparison(recipe):
     results = load_results("results.yaml")
-    ((system, pair),) = results.comparisons("test", resamples=500, seed=1)
+    ((system, pair),) = results.comparisons("test", "weak", None, resamples=500, seed=1)
     assert system.name == "strong | tuned" and isinstance(pair, Difference)
     assert pair.difference == pytest.approx(100 * 15 / 180) and pair.significant
     _, ((_, wer, difference, low_high, relative, better),) = results_page.paired(
-        results, "test", resamples=500, seed=1
+        results, "test", "weak", None, resamples=500, seed=1
     )
     assert (wer, difference, relative, better) == ("2.78", "+8.33*", "+75.0 %", "100.0 %")
     assert low_high == f"{pair.low:+.2f} to {pair.high:+.2f}"
@@ -146,6 +146,15 @@ def test_page(recipe, capsys):
     assert (recipe / "wer.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_page_names_the_diagnosis_of_an_experiment(recipe):
+    (recipe / "exp" / "asr_weak" / "decode" / "diagnosis.md").write_text("# Diagnosis\n")
+    run("--config results.yaml --output RESULTS.md --resamples 10")
+    page = (recipe / "RESULTS.md").read_text()
+    assert page.count("diagnosis.md") == 1
+    weak = page[page.index("## exp/asr_weak") : page.index("## exp/asr_strong")]
+    assert "numbers: `exp/asr_weak/decode/diagnosis.md`" in weak
+
+
 def test_environment_names_the_commit(recipe, monkeypatch):
     answers = {"rev-parse": "abc123", "log": "Fri Nov 20", "status": " M file"}
     monkeypatch.setattr(results_page, "_git", lambda *arguments: answers[arguments[0]])
@@ -168,8 +177,8 @@ def test_several_test_sets(recipe):
     column = header.index("other WER")
     assert weak[column : column + 3] == ["1.67", weak[column + 1], "0.00 / 0.00 / 1.67"]
     assert strong[column : column + 3] == ["-", "-", "-"]
-    assert len(results.comparisons("clean", 10, 0)) == 1
-    assert results.comparisons("other", 10, 0) == []
+    assert len(results.comparisons("clean", "weak", None, 10, 0)) == 1
+    assert results.comparisons("other", "weak", None, 10, 0) == []
     run("--config results.yaml --plot wer.png --resamples 10")
     assert (recipe / "wer.png").is_file()
 
@@ -178,7 +187,7 @@ def test_several_test_sets(recipe):
     ("change", "message"),
     [
         (("baseline: weak", "baseline: none"), "baseline none is none of weak, strong"),
-        (("rtf:", "speed:"), r"system 2: unknown speed; known: dev,"),
+        (("rtf:", "speed:"), r"system 2: unknown speed; known: command, dev,"),
         (("    test: exp/asr_weak/decode/test\n", ""), r"system 1: test is missing"),
         (("name: strong | tuned", "name: weak"), "names that differ"),
         (
