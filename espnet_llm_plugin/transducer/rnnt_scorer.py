@@ -29,7 +29,7 @@ class RNNTPool:
         self._scorer = scorer
         self._rows = RowStore()
         decoder = scorer.decoder
-        zeros = torch.zeros(1, decoder.dlayers, decoder.dunits, device=scorer.device)
+        zeros = decoder.embed.weight.new_zeros(1, decoder.dlayers, decoder.dunits)
         self._run(np.array([ROOT]), np.array([0]), zeros, zeros)
 
     def compute(self, nodes: np.ndarray, parents: np.ndarray, labels: np.ndarray) -> None:

@@ -60,15 +60,36 @@ class SearchState:
             normalize_length: Rank by the score per symbol.
         """
         lists = []
-        for row, nodes in enumerate(self.beam.node):
+        for row in range(len(self.beam.node)):
             scales = self.scales[row % len(self.scales)]
-            rank = self.beam.score[row]
-            if normalize_length:
-                length = self.tree.depth(nodes) + 1
-                rank = rank / length
-            order = [n for n in np.argsort(-rank, kind="stable") if nodes[n] >= 0]
-            lists.append([self._hypothesis(row, int(n), scales) for n in order[:nbest]])
+            order = self._ranked(row, normalize_length)
+            lists.append([self._hypothesis(row, n, scales) for n in order[:nbest]])
         return lists
+
+    def best(
+        self, row: int = 0, normalize_length: bool = False
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Labels and emission frames of a row's best hypothesis, without the cost of its scores."""
+        n = self._ranked(row, normalize_length)[0]
+        labels = self.tree.labels_of(int(self.beam.node[row, n]))
+        return tuple(labels), self.emissions.frames(int(self.beam.path[row, n]))
+
+    def num_stable(self, row: int = 0) -> int:
+        """How many labels all hypotheses of a row have in common: no later frame changes these."""
+        nodes = self.beam.node[row]
+        live = set(nodes[nodes >= 0].tolist())
+        while len(live) > 1:
+            deepest = max(live, key=lambda node: self.tree.depth(node))
+            live.remove(deepest)
+            live.add(int(self.tree.parent[deepest]))
+        return int(self.tree.depth(live.pop()))
+
+    def _ranked(self, row: int, normalize_length: bool) -> list[int]:
+        """Places of the live hypotheses of a row, best first."""
+        nodes, rank = self.beam.node[row], self.beam.score[row]
+        if normalize_length:
+            rank = rank / (self.tree.depth(nodes) + 1)
+        return [int(n) for n in np.argsort(-rank, kind="stable") if nodes[n] >= 0]
 
     @torch.inference_mode()
     def _hypothesis(self, row: int, n: int, scales: Scales) -> Hypothesis:

@@ -64,13 +64,13 @@ class Files:
         return ["--lm_train_config", str(self.config), "--lm_file", str(self.model)]
 
 
-def make_asr(directory: Path, kind: str, seed: int = 0) -> Files:
-    """A model of ``KINDS`` (or ``attention``) with random weights."""
+def make_asr(directory: Path, kind: str, seed: int = 0, encoder: str = _ENCODER) -> Files:
+    """A model of ``KINDS`` (or ``attention``) with random weights; ``encoder``: YAML."""
     registry.register()
     from espnet2.tasks.asr import ASRTask
 
     torch.manual_seed(seed)
-    return _make(ASRTask, directory, _ENCODER + _MODELS[kind])
+    return _make(ASRTask, directory, encoder + _MODELS[kind])
 
 
 def make_lm(directory: Path, kind: str, tokens: list[str] = TOKENS, seed: int = 0) -> Files:
