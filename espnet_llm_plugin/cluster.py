@@ -358,10 +358,16 @@ def _check_results(jobs: list, commands: Sequence[Command], name: str, cluster: 
             error = _tail(task.paths.stderr)
         log = commands[number - 1].log_of(node)
         tail = _tail(log)
+        end = f"the end of {log}:\n{tail}" if tail else f"{log} is empty; {_last_line(error)}"
         raise UserError(
-            f"job {number} of {len(jobs)} of {name} failed ({task.job_id}, {state}); "
-            + (f"the end of {log}:\n{tail}" if tail else f"it wrote nothing to {log}:\n{error}")
+            f"job {number} of {len(jobs)} of {name} failed ({task.job_id}, {state}); {end}"
         )
+
+
+def _last_line(error) -> str:
+    """What went wrong, of submitit's message: its trace is between dashes."""
+    parts = str(error).split(22 * "-")
+    return (parts[1] if len(parts) > 1 else parts[0]).strip().rpartition("\n")[2]
 
 
 def _tail(path) -> str:

@@ -69,4 +69,4 @@ class Phases:
         files = (job.task(node).paths.result_pickle for node in range(job.num_tasks))
         if self.missing[job.job_id] > 1 or all(file.name in results for file in files):
             return "ended"
-        return "running" if self.queue.get(job.job_id) in RUNNING else "waiting"
+        return "running" if self.queue.get(job.job_id, "RUNNING") in RUNNING else "waiting"
