@@ -2,16 +2,17 @@
 
 The body of ``bin/tune_fusion``. Lists come from files that ``asr_inference --nbest N`` wrote, or
 from searches at three points of the grid. Every point is scored on the lists; the most promising
-ones are searched, which lengthens the lists, and so on, until no point promises more than the best
-one searched [as minimum error rate training alternates n-best lists and weights, Och 2003].
+ones are searched, which lengthens the lists, and so on, until that brings nothing [as minimum error
+rate training alternates n-best lists and weights, Och 2003].
 """
 
 import argparse
 import json
 import logging
+import math
 import time
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -96,15 +97,23 @@ def tune_fusion(args: argparse.Namespace) -> Point:
 
         # 1. First lists.
         search([] if stored else first_points(grid), stored)
-        # 2. The best points, as long as there are promising ones.
-        for number in range(args.rounds):
+        # 2. The best points, as long as searching them helps. Lists flatter a point that was not
+        #    searched: they lack what it alone would find. So promises are not waited for to end.
+        lowest = _lowest(searched)
+        for number in range(1, args.rounds + 1):
             reranked = lists.points(grid)
             points = next_points(reranked, searched, args.cells)
             if not points:
                 break
             promise = min(point.wer for point in reranked if point.scales in points)
-            logging.info(f"round {number + 1}: re-ranked WER {promise:.2f}, searching {points}")
             search(points, {})
+            before, lowest = lowest, _lowest(searched)
+            logging.info(
+                f"round {number}: {len(points)} points searched, WER {promise:.2f} on the lists; "
+                f"best searched {lowest:.2f}"
+            )
+            if lowest >= before:
+                break
         reranked = lists.points(grid)
 
     failed = {utt: failed[utt] for utt in references if utt in failed}
@@ -122,6 +131,10 @@ def tune_fusion(args: argparse.Namespace) -> Point:
     others = {point.scales for point in points if point.scales not in searched}
     write_results(output_dir, args, points, best, same, seconds, failed, others)
     return best
+
+
+def _lowest(searched: Mapping[Scales, Point]) -> float:
+    return min((point.wer for point in searched.values()), default=math.inf)
 
 
 def grid_of_part(

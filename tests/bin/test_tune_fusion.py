@@ -7,6 +7,7 @@ import yaml
 
 from espnet_llm_plugin.bin import asr_inference, tune_fusion, tune_scales
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.tuning import Point
 from tests.inference.tiny_asr import make_asr, make_audio, make_lm, read_scp
 
 SECONDS = {"utt-a": 0.5, "utt-b": 0.7, "utt-c": 0.4, "utt-d": 0.02}  # the last is too short
@@ -65,12 +66,29 @@ def test_searched_points_have_the_word_errors_of_the_full_grid(run):
     assert set(grid) == set(some)
 
 
-def test_with_rounds_enough_the_best_point_is_that_of_the_full_grid(run):
+def test_with_cells_enough_the_best_point_is_that_of_the_full_grid(run):
     grid = run("factorized", *GRID, out="grid", command=tune_scales)
-    found = run("factorized", *GRID, "--rounds", "18", "--cells", "1")
-    promises = [point for point in found["points"] if "reranked" in point]
-    assert all(point["wer"] >= found["best"]["wer"] for point in promises)
+    found = run("factorized", *GRID, "--rounds", "18", "--cells", "18")
     assert found["best"]["wer"] == min(point["wer"] for point in grid["points"])
+
+
+def test_it_ends_when_a_round_brings_nothing(run, monkeypatch):
+    """Points that promise a lower error rate for ever, and from the third on do not keep it."""
+    rates = iter([50.0, 40.0, 30.0, 30.0, 10.0])
+
+    def next_points(points, searched, number):
+        return [point.scales for point in points if point.scales not in searched][:number]
+
+    def score_grid(points, references, hypotheses):
+        rate = next(rates)
+        return [Point(scales, rate, 0, 0, 0, 10) for scales in points]
+
+    module = "espnet_llm_plugin.inference.tune_fusion"
+    monkeypatch.setattr(f"{module}.next_points", next_points)
+    monkeypatch.setattr(f"{module}.score_grid", score_grid)
+    found = run("factorized", *GRID, "--rounds", "15", "--cells", "1")
+    searched = [point["wer"] for point in found["points"] if "reranked" not in point]
+    assert sorted(searched) == [30.0, 30.0, 40.0, 50.0, 50.0, 50.0]
 
 
 def test_the_references_own_scales_are_found(run, files, tmp_path):
