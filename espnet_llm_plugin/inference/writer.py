@@ -14,6 +14,7 @@ from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.inference.recognizer import Recognition
 
 PARTIAL = ".partial.jsonl"
+PIECES = "streaming.jsonl"
 FILES = ("token", "token_int", "score", "text")
 
 
@@ -48,14 +49,19 @@ class ResultWriter:
         encoder_seconds: float = 0.0,
         search_seconds: float = 0.0,
         failure: str = "",
+        pieces: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Keep the result of an utterance; with ``failure`` its hypothesis is empty."""
+        """Keep the result of an utterance; with ``failure`` its hypothesis is empty.
+
+        ``pieces`` are what a streaming recogniser said after each piece of it.
+        """
         record = {
             "utt": utt,
             "audio_seconds": audio_seconds,
             "encoder_seconds": encoder_seconds,
             "search_seconds": search_seconds,
             "failure": failure,
+            "pieces": list(pieces),
             "nbest": [_entry(recognition) for recognition in nbest] or [_EMPTY],
         }
         self.records[utt] = record
@@ -80,6 +86,12 @@ class ResultWriter:
                     entry = {name: value for name, value in entry.items() if name != "score"}
                     line = {"utt": record["utt"], "rank": rank, **entry}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if any(record["pieces"] for record in records):
+            with atomic_write(self.directory / PIECES) as stream:
+                for record in records:
+                    for piece in record["pieces"]:
+                        line = {"utt": record["utt"], **piece}
+                        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         summary = self._summary(records)
         with atomic_write(self.directory / "rtf.json") as stream:
             stream.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -119,7 +131,7 @@ class ResultWriter:
         for path in self.directory.iterdir():
             if re.fullmatch(r"\d+best_recog", path.name):
                 shutil.rmtree(path)
-            elif path.name in ("nbest.jsonl", "rtf.json"):
+            elif path.name in ("nbest.jsonl", "rtf.json", PIECES):
                 path.unlink()
 
 

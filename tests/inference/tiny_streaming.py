@@ -23,10 +23,10 @@ encoder_conf: {output_size: 16, attention_heads: 2, linear_units: 16, num_blocks
 """
 
 
-def make_streaming_asr(directory: Path, encoder: str, kind: str) -> Files:
-    """A model of ``tiny_asr.KINDS`` with an encoder of ``ENCODERS``."""
+def make_streaming_asr(directory: Path, encoder: str, kind: str, more: str = "") -> Files:
+    """A model of ``tiny_asr.KINDS`` with an encoder of ``ENCODERS``; ``more``: YAML."""
     stats = directory.parent / f"{directory.name}_stats.npz"
     stats.parent.mkdir(parents=True, exist_ok=True)
     np.savez(stats, count=9, sum=np.full(MELS, -56.5), sum_square=np.full(MELS, 375.0))
-    conf = _FRONTEND.replace("STATS", str(stats)) + _ENCODER.replace("NAME", encoder)
+    conf = _FRONTEND.replace("STATS", str(stats)) + _ENCODER.replace("NAME", encoder) + more
     return make_asr(directory, kind, ENCODERS[encoder], conf)
