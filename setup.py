@@ -65,8 +65,7 @@ setup(
             "espnet-llm-adapt-vocabulary=espnet_llm_plugin.bin.adapt_vocabulary:cli",
             "espnet-llm-export=espnet_llm_plugin.bin.export_llm:cli",
             "espnet-llm-asr-inference=espnet_llm_plugin.bin.asr_inference:cli",
-            "espnet-llm-asr-inference-streaming="
-            "espnet_llm_plugin.bin.asr_inference_streaming:cli",
+            "espnet-llm-asr-inference-streaming=espnet_llm_plugin.bin.asr_inference_streaming:cli",
             "espnet-llm-transcribe=espnet_llm_plugin.bin.transcribe:cli",
             "espnet-llm-streaming-report=espnet_llm_plugin.bin.streaming_report:cli",
             "espnet-llm-tune-scales=espnet_llm_plugin.bin.tune_scales:cli",
