@@ -10,7 +10,7 @@ Layout of the output directory (the decoding directory of the test set, as in ES
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Mapping, Optional, Union
+from typing import Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -258,6 +258,17 @@ def read_counts(directory: Union[str, Path], unit: str = WER) -> Counted:
         words[fields[0]] = correct + substitutions + deletions
         errors[fields[0]] = substitutions + deletions + insertions
     return Counted(str(directory), words, errors)
+
+
+def pool_counts(runs: Sequence[Counted]) -> Counted:
+    """Sums over runs of a system, such as seeds, on the same test set (else a UserError)."""
+    for other in runs[1:]:
+        check_same_references(runs[0], other)
+    return Counted(
+        ", ".join(run.name for run in runs),
+        {key: words * len(runs) for key, words in runs[0].words.items()},
+        {key: sum(run.errors[key] for run in runs) for key in runs[0].words},
+    )
 
 
 def check_same_references(first: Counted, second: Counted) -> None:

@@ -22,7 +22,7 @@ def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from error
 
     tests = results.tests()
-    systems = results.systems
+    systems = [system for system in results.systems if system.tests]
     figure = Figure(figsize=(8, 1.2 + (0.28 * len(tests) + 0.16) * len(systems)), dpi=150)
     axes = figure.subplots()
     height = 0.8 / len(tests)
@@ -51,7 +51,8 @@ def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
                 f"{wer:.2f}", (rate.high, where), (5, 0), textcoords="offset points", va="center"
             )
             right = max(right, rate.high)
-    axes.set_yticks(range(len(systems)), [system.name for system in systems])
+    names = [s.name if s.group is None else f"{s.name} ({s.group})" for s in systems]
+    axes.set_yticks(range(len(systems)), names)
     axes.invert_yaxis()  # the first system on top, as in the table
     axes.set_xlim(0, 1.12 * right or 1)
     axes.set_xlabel("WER in % (95 % bootstrap interval)")
