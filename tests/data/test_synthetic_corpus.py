@@ -208,6 +208,50 @@ def test_command_line(made, capsys):
     assert re.search(r"^train +60 ", printed, re.MULTILINE)
 
 
+@pytest.fixture
+def written(tmp_path):
+    """Sentences of somebody else, more than are asked for."""
+    for split in ("train", "dev", "test", "lm"):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        words = ["red", "green", "blue", "black", "white"]
+        lines = [f"{split}_{n} the {split} has a {word} ball\n" for n, word in enumerate(words)]
+        (tmp_path / "text" / split / "text").write_text("".join(lines))
+    return tmp_path / "text"
+
+
+def test_given_sentences_are_spoken(written, tmp_path, capsys):
+    options = "--num_train 4 --num_dev 2 --num_test 3 --num_lm 5 --seed 0 --nj 1"
+    main(["--output_dir", str(tmp_path / "data"), "--text", str(written), *options.split()])
+    spoken = {}
+    for split, count in (("train", 4), ("dev", 2), ("test", 3), ("lm_train", 5)):
+        lines = (tmp_path / "data" / split / "text").read_text().splitlines()
+        spoken[split] = sorted(line.split(maxsplit=1)[1] for line in lines)
+        assert len(lines) == count
+    assert spoken["dev"] == ["the dev has a green ball", "the dev has a red ball"]
+    assert len(list((tmp_path / "data").rglob("*.wav"))) == 9
+    assert re.search(r"^test .* -$", capsys.readouterr().out, re.MULTILINE)  # no grammar's entropy
+    # fewer of train, the same speech in test
+    fewer = ["--num_train", "1", "--output_dir", str(tmp_path / "fewer"), "--text", str(written)]
+    main([*options.split(), *fewer])
+    for wav in (tmp_path / "data" / "synthetic").rglob("test/*/*.wav"):
+        (same,) = (tmp_path / "fewer").rglob(wav.name)
+        assert soundfile.info(same).frames == soundfile.info(wav).frames
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "dev/text has 1 sentences; 2 are asked for"),
+        ("dev_9 Dr. Who\n", "dev_9 has characters other than a-z.*'Dr. Who'"),
+    ],
+)
+def test_sentences_that_cannot_be_spoken(written, tmp_path, line, message):
+    (written / "dev" / "text").write_text(f"dev_0 a ball\n{line}")
+    with pytest.raises(UserError, match=message):
+        make_corpus(tmp_path / "data", Sizes(4, 2, 3, 5), text_dir=written)
+    assert not (tmp_path / "data").exists()
+
+
 def test_processes_are_fresh_and_errors_arrive():
     pids = list(jobs.in_fresh_processes(os.getpid, [()] * 4, 2, "os"))
     assert len(set(pids)) == 4 and os.getpid() not in pids

@@ -17,7 +17,7 @@ import soundfile
 
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.data.disk import writing
-from espnet_llm_plugin.data.kaldi import DataDir, write_data_dir, write_table
+from espnet_llm_plugin.data.kaldi import DataDir, read_clean_table, write_data_dir, write_table
 from espnet_llm_plugin.data.synthetic import noise, text
 from espnet_llm_plugin.data.synthetic.jobs import in_fresh_processes
 from espnet_llm_plugin.data.synthetic.speech import (
@@ -77,6 +77,29 @@ def make_texts(sizes: Sizes, seed: int) -> dict[str, list[text.Sentence]]:
         split: text.generate(f"{seed} {split}", getattr(sizes, split), seen)
         for split in ("test", "dev", "train", "lm")
     }
+
+
+def read_texts(directory: Union[str, Path], sizes: Sizes) -> dict[str, list[text.Sentence]]:
+    """The first sentences of ``<directory>/{test,dev,train,lm}/text`` (`id words ...` a line).
+
+    Raises:
+        UserError: A missing or malformed file, one with fewer sentences than asked for, or with
+            characters other than ``[a-z' ]``.
+    """
+    texts = {}
+    for split in ("test", "dev", "train", "lm"):
+        path, count = Path(directory) / split / "text", getattr(sizes, split)
+        lines = list(read_clean_table(path).items())
+        if len(lines) < count:
+            raise UserError(f"{path} has {len(lines)} sentences; {count} are asked for")
+        for utterance, sentence in lines[:count]:
+            if not re.fullmatch(r"[a-z' ]+", sentence):
+                raise UserError(
+                    f"{path}: {utterance} has characters other than a-z, apostrophe and space: "
+                    f"{sentence!r}"
+                )
+        texts[split] = [text.Sentence(sentence, None, "") for _, sentence in lines[:count]]
+    return texts
 
 
 def plan_utterances(sentences: Sequence[text.Sentence], split: str, seed: int) -> list[Utterance]:
@@ -157,7 +180,11 @@ def _existing(output: Path, key: str) -> Optional[dict]:
 
 
 def make_corpus(
-    output_dir: Union[str, Path], sizes: Sizes, seed: int = 0, nj: int = 1
+    output_dir: Union[str, Path],
+    sizes: Sizes,
+    seed: int = 0,
+    nj: int = 1,
+    text_dir: Optional[Union[str, Path]] = None,
 ) -> tuple[dict, bool]:
     """Make the corpus in ``output_dir``, unless the same one is already there.
 
@@ -172,20 +199,21 @@ def make_corpus(
         sizes: Utterances of each set.
         seed: Any integer >= 0.
         nj: Number of processes.
+        text_dir: Speak these sentences (see :func:`read_texts`) instead of the grammar's.
 
     Returns:
         The report (see :func:`describe`), and whether anything was made.
 
     Raises:
         UserError: espeakng-loader is missing, a size or ``nj`` is not positive, a seed is negative,
-            or a file cannot be written (full disk, no permission).
+            the sentences cannot be used, or a file cannot be written (full disk, no permission).
     """
     if nj < 1:
         raise UserError(f"nj must be at least 1, not {nj}")
     if seed < 0:
         raise UserError(f"the seed must not be negative: {seed}")
     output = Path(output_dir)
-    texts = make_texts(sizes, seed)
+    texts = make_texts(sizes, seed) if text_dir is None else read_texts(text_dir, sizes)
     plans = {split: plan_utterances(texts[split], split, seed) for split in SPLITS}
     key = _key(plans, texts["lm"])
     report = _existing(output, key)
@@ -265,9 +293,9 @@ def describe(
     """Statistics by set.
 
     ``grammar_ppl`` is the word perplexity of the generator's own derivations: an upper bound of
-    what an ideal LM reaches. ``homophones`` is the share of running words that sound like a word of
-    another topic, ``oov_train`` and ``oov_lm`` the shares that the transcripts of train and the LM
-    text lack.
+    what an ideal LM reaches (absent for other sentences). ``homophones`` is the share of running
+    words that sound like a word of another topic, ``oov_train`` and ``oov_lm`` the shares that the
+    transcripts of train and the LM text lack.
     """
     ambiguous = text.spellings()
     known = {
@@ -283,8 +311,9 @@ def describe(
             "homophones": sum(word in ambiguous for word in words) / len(words),
             "oov_train": sum(word not in known["train"] for word in words) / len(words),
             "oov_lm": sum(word not in known["lm"] for word in words) / len(words),
-            "grammar_ppl": math.exp(-sum(s.log_prob for s in sentences) / len(words)),
         }
+        if sentences[0].log_prob is not None:
+            row["grammar_ppl"] = math.exp(-sum(s.log_prob for s in sentences) / len(words))
         if split in plans:
             seconds = sum(soundfile.info(paths[u.name]).frames / SAMPLE_RATE for u in plans[split])
             row["hours"] = seconds / 3600.0

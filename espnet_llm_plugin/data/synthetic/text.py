@@ -15,7 +15,7 @@ import random
 import re
 from bisect import bisect
 from itertools import accumulate
-from typing import Generic, NamedTuple, Sequence, TypeVar
+from typing import Generic, NamedTuple, Optional, Sequence, TypeVar
 
 from espnet_llm_plugin.data.synthetic import lexicon
 
@@ -49,7 +49,8 @@ class Sentence(NamedTuple):
     """One utterance."""
 
     text: str
-    log_prob: float  # natural logarithm of the derivation's probability: <= that of the text
+    # Natural logarithm of the derivation's probability (<= that of the text); None if unknown.
+    log_prob: Optional[float]
     topic: str
 
 
