@@ -1,13 +1,23 @@
 """Word-level perplexity against a sum written out token by token."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from espnet_llm_plugin.bin.llm_perplexity import main
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.llm.perplexity import asr_tokenizer, read_text, score_text
-from tests.llm.tiny import TEXT, char_tokens, tiny_model, train_sentencepiece
+from tests.llm.tiny import (
+    TEXT,
+    char_tokens,
+    save_adapted_dir,
+    save_llm_dir,
+    tiny_model,
+    train_sentencepiece,
+)
 
 SENTENCES = [[4, 5, 6], [7], [8, 9, 3, 2, 5], []]
 
@@ -86,3 +96,26 @@ class TestAsrTokenizer:
         for text in (*TEXT, "zebra crossing"):
             expected = preprocessor("u", {"text": text})["text"].tolist()
             assert asr_tokenizer(names, "bpe", model)(text) == expected
+
+
+def test_llm_in_asr_tokens(tmp_path, capsys):
+    """The command line, on a directory as adapt_vocabulary writes it."""
+    tokens = char_tokens()
+    llm = save_adapted_dir(tmp_path / "llm", tokens)
+    (tmp_path / "text").write_text("u1 tea on\nu2 rest\n")
+    main(["--llm", str(llm), "--text", f"{tmp_path}/text", "--output", f"{tmp_path}/ppl.json"])
+    rows = [[tokens.index("<space>" if c == " " else c) for c in s] for s in ("tea on", "rest")]
+    bos = len(tokens) - 1
+    expected = score_text(load_causal_lm(llm), rows, 3, bos=bos, blank=0)
+    report = json.loads((tmp_path / "ppl.json").read_text())
+    assert (report["words"], report["tokens"]) == (3, 10)
+    assert report["word_perplexity"] == pytest.approx(expected.word_perplexity)
+    assert report["token_perplexity"] == pytest.approx(expected.token_perplexity)
+    assert f"word perplexity {expected.word_perplexity:.1f}" in capsys.readouterr().out
+
+
+def test_llm_with_its_own_tokens_is_refused(tmp_path):
+    llm = save_llm_dir(tmp_path / "llm")
+    (tmp_path / "text").write_text("u1 tea\n")
+    with pytest.raises(UserError, match="has no tokens.txt"):
+        main(["--llm", str(llm), "--text", f"{tmp_path}/text", "--output", f"{tmp_path}/x.json"])
