@@ -105,7 +105,8 @@ class StreamingRecognizer:
     Samples can be given in any pieces; the results are the same. Without endpoint rules there is
     one segment, and its n-best list is the one that ``recognizer`` gives for the whole recording.
     At an endpoint the search (with its LMs) begins anew and what it kept is freed; the encoder
-    goes on, with its left context.
+    goes on, with its left context. Between endpoints memory grows with the recognised text (an LM
+    row and an LLM's keys and values a label), not with the audio.
 
     Args:
         recognizer: With a model that can stream, its encoder set to the wanted chunk size.
@@ -114,6 +115,7 @@ class StreamingRecognizer:
     Attributes:
         seconds_per_frame: Of an encoder frame.
         latency: Algorithmic.
+        sample_rate: Of the samples (Hz).
 
     Raises:
         UserError: A part of the model needs the whole utterance; the message names it.
