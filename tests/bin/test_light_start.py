@@ -17,6 +17,7 @@ LIGHT = (
     "perturb_speed",
     "prepare_lm_text",
     "results_table",
+    "run_jobs",
     "score",
     "split_data",
     "subset_data_dir",

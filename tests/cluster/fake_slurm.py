@@ -126,8 +126,9 @@ def srun(*arguments):
         )
     while any(task.poll() is None for task in tasks):
         if "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
-            for task in tasks:
-                task.kill()
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         time.sleep(0.02)
     sys.exit(max(abs(task.returncode) for task in tasks))
 

@@ -167,7 +167,12 @@ def test_a_job_at_its_time_limit_is_requeued_and_goes_on(tmp_path, slurm):
 def test_nodes_of_a_job_share_a_name_and_stop_together(tmp_path, slurm):
     parameters = cluster.with_resources({}, ngpu=0, num_nodes=2, num_threads=3)
     slurm["parameters"] = parameters
-    script = "echo @RUN@ $SLURM_NODEID; [ $SLURM_NODEID = 0 ] || exit 5; sleep 300"
+    script = """
+    echo @RUN@ $SLURM_NODEID
+    [ $SLURM_NODEID = 0 ] && sleep 300
+    until [ -s x.1.log ]; do sleep 0.05; done
+    exit 5
+    """
     with pytest.raises(UserError, match="failed .*x.1.log.node1:\n100_0 1$"):
         cluster.run_array(
             ["sh", "-c", script],
