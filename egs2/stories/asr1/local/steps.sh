@@ -1,0 +1,179 @@
+# shellcheck shell=bash
+# Sourced by run.sh: rows of the table (local/rows.txt), their selection, and the table itself.
+# shellcheck disable=SC2034,SC2154  # run.sh sets the options; a unit of work sets encoder, epochs and
+# seed; describe (models.sh) sets variables of its callers, of which some need only some
+
+rows_of() { # all, a set, or names of rows
+    local word
+    for word in "$@"; do
+        awk -F ' *[|] *' -v word="${word}" '/^#/ {next} word == "all" || word == $1 || word == $2 {print $1; n++}
+            END {exit !n}' local/rows.txt ||
+            die "--rows: there is neither a row nor a set '${word}'; see local/rows.txt"
+    done | awk '!seen[$0]++'
+}
+# The rows of --rows; what cannot be run is noticed before hours of work.
+select_rows() {
+    local selected
+    selected=$(rows_of "$@") || exit
+    [ -n "${llm_source}" ] || [ "${size}" = tiny ] || ! grep -q other <<< "${selected}" ||
+        die "rows with another LLM (set mismatch) need --llm_source: without it the LLM of all" \
+            "rows is the small LLaMA that they compare with"
+    echo "${selected}"
+}
+field() { # row, column: model, use (of an LLM in decoding), scales or title
+    local column
+    case $2 in model) column=3 ;; use) column=4 ;; scales) column=5 ;; title) column=6 ;; esac
+    awk -F ' *[|] *' -v row="$1" -v column="${column}" '$1 == row {print $column}' local/rows.txt
+}
+tag_of() { # row
+    local tag use
+    use=$(field "$1" use)
+    tag=decode${use:+_${use/ /_}}
+    [ "$(field "$1" scales)" = tuned ] || tag+=_$(field "$1" scales)
+    echo "${tag}"
+}
+decoding_of() { echo "$(place "$(field "$1" model)")/asr_$(field "$1" model)/$(tag_of "$1")"; }
+# Trains what a row needs, tunes, decodes and scores it.
+run_row() {
+    local model use scales settings lm from options decoding="" given=()
+    model=$(field "$1" model)
+    use=$(field "$1" use)
+    scales=$(field "$1" scales)
+    train_model "${model}"
+    describe "${model}"
+    case ${use} in
+        swap*) given=(--swap_llm "${exp}/lm_${use#* }/llm") ;;
+        fusion*) given=(--use_lm true --lm_exp "${exp}/lm_${use#* }") ;;
+    esac
+    [ -z "${use}" ] || train_lm "${use#* }"
+    [ -z "${from}" ] || given+=(--inference_asr_model valid.mwer_expected_errors.ave.pth)
+    local grid=tune
+    [ "${scales}" = tuned ] || grid=tune_${scales}
+    [ "${size}" != tiny ] || grid=tune_tiny
+    decoding=$(tag_of "$1")
+    asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
+        --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
+}
+
+# --- all that was asked for -----------------------------------------------------------------------
+# Units of work: first what others need, so that two workers begin with different things.
+units_of() {
+    local encoder epochs seed row
+    for encoder in ${encoders}; do
+        for seed in ${seeds}; do
+            echo "model ctc ${encoder} 0 ${seed}"
+            [ "${encoder} ${seed}" != "${encoders%% *} ${seeds%% *}" ] || echo "lm stories"
+        done
+    done
+    for encoder in ${encoders}; do
+        for epochs in ${epochs_list}; do
+            for seed in ${seeds}; do
+                for row in "$@"; do echo "row ${row} ${encoder} ${epochs} ${seed}"; done
+            done
+        done
+    done
+}
+run_unit() { # words of a unit
+    local encoder=${3:-} epochs=${4:-} seed=${5:-} decoding=""
+    case $1 in
+        lm) train_lm "$2" ;;
+        model) train_model "$2" ;;
+        row)
+            mkdir -p "${exp}/${encoder}_e${epochs}_s${seed}" # the table has this condition
+            run_row "$2"
+            ;;
+    esac
+}
+# Several workers go through the same units and do what no other has begun.
+work() {
+    local unit words
+    while read -r unit; do
+        mkdir "${claims}/${unit// /_}" 2> /dev/null || continue
+        read -ra words <<< "${unit}"
+        echo "=== ${unit}"
+        run_unit "${words[@]}" < /dev/null
+    done <<< "${units}"
+}
+run_rows() {
+    local units claims worker failed=0 first=${#job_pids[@]}
+    units=$(units_of "$@")
+    claims=$(mktemp -d)
+    for worker in $(seq "${jobs}"); do start_job work "${worker}"; done
+    for worker in $(seq "${jobs}"); do wait "${job_pids[first + worker - 1]}" || failed=1; done
+    rm -r "${claims}"
+    [ "${failed}" = 0 ] || die "some rows failed (see above); the same command continues"
+}
+
+# --- the table ------------------------------------------------------------------------------------
+run_command() { # row
+    local origin=""
+    [ -z "${llm_source}" ] || origin="--llm_source LLM "
+    echo "./run.sh ${origin}--size ${size} --rows $1 --encoders ${encoder} --epochs ${epochs}"
+}
+# Files with the seconds of all trainings that a row needs, LLMs' pretraining apart.
+times_of_model() {
+    local settings lm from options
+    describe "$1"
+    echo "$(place "$1")/asr_$1/time.json"
+    [ -z "${lm}" ] || echo "${exp}/lm_${lm}/time.json"
+    if [ -n "${from}" ]; then
+        times_of "${from}"
+    elif [ "$1" != ctc ]; then
+        times_of_model ctc
+    fi
+}
+times_of() { # row
+    local use
+    times_of_model "$(field "$1" model)"
+    use=$(field "$1" use)
+    [ -z "${use}" ] || [ "${use}" = "swap adapted" ] || echo "${exp}/lm_${use#* }/time.json"
+}
+entry() { # row
+    local seed="{seed}" model use decoded perplexity settings lm from options
+    model=$(field "$1" model)
+    use=$(field "$1" use)
+    decoded=$(decoding_of "$1")
+    describe "${model}"
+    lm=${use:+${use#* }}${lm}
+    perplexity=${decoded}/nll/nll.json # of a trained LM: of the model's own
+    [ -z "${lm}" ] || [ "${lm}" = lstm ] || perplexity=${exp}/lm_${lm}/perplexity.json
+    cat << ENTRY
+-   name: "$(field "$1" title)"
+    group: "${encoder}, ${epochs} epochs"
+    command: $(run_command "$1")
+    test: ${decoded}/test
+    scales: ${decoded}/tune/scales.json
+    dev_nll: ${decoded}/nll/nll.json
+    rtf: ${decoded}/test/logdir/output.1/rtf.json
+    time: [$(times_of "$1" | sort -u | sed 's/.*/"&"/' | paste -sd ,)]
+ENTRY
+    # Neither CTC nor the RNN-T has a language model of its own.
+    [[ ${model} =~ ^(ctc|rnnt)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
+}
+# One table for each encoder and number of epochs that there is. Rows of main are always in it, the
+# others if they were run, and in the first table.
+table() {
+    local encoder epochs row first=true conditions
+    conditions=$(find "${exp}" -maxdepth 1 -name '*_e*_s*' -printf '%f\n')
+    {
+        cat "$(config results)"
+        echo "seeds: [$(sed -E 's/.*_s//' <<< "${conditions}" | sort -nu | paste -sd ,)]"
+        echo "systems:"
+        while read -r encoder epochs; do
+            for row in $(rows_of all); do
+                if "${first}" || rows_of main | grep -qx "${row}" || was_run "${row}"; then
+                    entry "${row}"
+                fi
+            done
+            first=false
+        done < <(sed -E 's/^(.*)_e(.*)_s.*$/\1 \2/' <<< "${conditions}" | sort -u |
+            awk '{print ($1 != "offline"), $0}' | sort -k1,1n -k2,2n -k3,3n | cut -d ' ' -f 2-)
+    } > "${exp}/results.yaml"
+    local results=${exp}/RESULTS.md
+    [ "${size}" != full ] || results=RESULTS.md
+    tool results_table --config "${exp}/results.yaml" --output "${results}" --plot "${exp}/wer.png"
+}
+was_run() { # row, for any seed
+    local seed="*"
+    compgen -G "$(decoding_of "$1")/test/scores.json" > /dev/null
+}
