@@ -265,7 +265,9 @@ def test_the_table_has_what_was_run(recipe):
     swap = entries["offline, 5 epochs", "swap"]
     here = f"{EXP}/offline_e5_s{{seed}}"
     assert swap["test"] == f"{here}/asr_ft_weak/decode_swap_stories/test"
-    assert swap["perplexity"] == f"{EXP}/lm_stories/perplexity.json"
+    assert swap["perplexity"] == f"{here}/asr_ft_weak/decode_swap_stories/nll/nll.json"
+    fusion = entries["offline, 5 epochs", "RNN-T + LLM fusion"]
+    assert fusion["perplexity"] == f"{EXP}/lm_stories/perplexity.json"
     assert set(swap["time"]) == {
         f"{EXP}/offline_s{{seed}}/asr_ctc/time.json",
         f"{here}/asr_ft_weak/time.json",

@@ -129,14 +129,12 @@ times_of() { # row
     [ -z "${use}" ] || [ "${use}" = "swap adapted" ] || echo "${exp}/lm_${use#* }/time.json"
 }
 entry() { # row
-    local seed="{seed}" model use decoded perplexity settings lm from options
+    local seed="{seed}" model use decoded perplexity
     model=$(field "$1" model)
     use=$(field "$1" use)
     decoded=$(decoding_of "$1")
-    describe "${model}"
-    lm=${use:+${use#* }}${lm}
-    perplexity=${decoded}/nll/nll.json # of a trained LM: of the model's own
-    [ -z "${lm}" ] || [ "${lm}" = lstm ] || perplexity=${exp}/lm_${lm}/perplexity.json
+    perplexity=${decoded}/nll/nll.json # of the predictor
+    [[ ${use} != fusion* ]] || perplexity=${exp}/lm_${use#* }/perplexity.json
     cat << ENTRY
 -   name: "$(field "$1" title)"
     group: "${encoder}, ${epochs} epochs"
