@@ -31,7 +31,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--vocabulary_report", metavar="FILE", help="vocabulary_report.json of the adapted LLM"
     )
     group = parser.add_argument_group("LM swap: compare with")
-    group.add_argument("--weak", metavar="DIR", help="the first set, scored with the weak LM")
+    group.add_argument(
+        "--weak",
+        metavar="DIR",
+        help="the first set, scored with the weak LM (tuned too, to be fair)",
+    )
     group.add_argument("--untuned", metavar="DIR", help="the first set, scored before tuning")
     group.add_argument("--weak_nll", metavar="FILE", help="nll.json with the weak LM")
     parser.add_argument(

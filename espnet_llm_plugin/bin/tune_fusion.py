@@ -25,8 +25,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="nbest.jsonl of asr_inference --nbest N with these models, to begin with (default: "
         "search three points of the grid)",
     )
-    group.add_argument("--rounds", type=int, default=3, help="Choices of points, at most")
-    group.add_argument("--cells", type=int, default=3, help="Points searched each time")
+    group.add_argument("--rounds", type=int, default=1, help="Choices of points, at most")
+    group.add_argument("--cells", type=int, default=6, help="Points searched each time")
     return parser
 
 

@@ -313,7 +313,8 @@ def heat_map(points: Sequence[Point], best: Point, reranked: Collection[Scales] 
             point = at_best[r, c]
             mark = "~" if point.scales in reranked else ""
             weight = "bold" if not mark and point.wer == best.wer else "normal"
-            plot.text(j, i, f"{mark}{point.wer:.1f}", ha="center", va="center", weight=weight)
+            style = {"weight": weight, "color": "white" if image.norm(point.wer) > 0.6 else "black"}
+            plot.text(j, i, f"{mark}{point.wer:.1f}", ha="center", va="center", **style)
     plot.set_xticks(
         range(len(columns)), [f"{value_of(axes[1], at_best[rows[0], c].scales):g}" for c in columns]
     )
@@ -327,7 +328,7 @@ def heat_map(points: Sequence[Point], best: Point, reranked: Collection[Scales] 
         for axis in others
         if getattr(best.scales, axis) is not None
     ]
-    title = ", ".join(["WER [%]", *fixed]) + ("\n~ re-ranked n-best lists" if reranked else "")
+    title = ", ".join(["WER [%]", *fixed]) + ("\n~ re-ranked n-best lists: optimistic" if reranked else "")
     plot.set_title(title, fontsize="medium")
     figure.colorbar(image)
     return figure

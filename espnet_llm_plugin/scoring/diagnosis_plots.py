@@ -55,7 +55,8 @@ def errors_by_length(axes: Any, evidence: "Evidence") -> None:
     axes.set_xlabel("words of the reference (of all references)")
     axes.set_ylabel("% of the words")
     axes.set_title("Errors by length", loc="left")
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend above the bars
+    axes.legend(frameon=False, ncols=3, loc="upper left")
 
 
 def blank_probability(axes: Any, evidence: "Evidence") -> None:
@@ -73,6 +74,7 @@ def oracle(axes: Any, evidence: "Evidence") -> None:
     axes.plot(range(1, len(rates) + 1), rates, marker="o")
     for n in {1, len(rates)}:
         axes.annotate(f"{rates[n - 1]:.2f}", (n, rates[n - 1]), (0, 6), **_ABOVE)
+    axes.margins(x=0.1)
     axes.set_ylim(0, 1.15 * max(rates) or 1)
     axes.set_xlabel("hypotheses")
     axes.set_ylabel("oracle WER in %")

@@ -85,6 +85,7 @@ inference_asr_model=valid.loss.ave.pth  # ASR checkpoint to decode
 inference_lm=valid.loss.ave.pth  # LM checkpoint to fuse if --use_lm is true
 swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
 tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
+tune_tool=tune_scales     # tune_scales: the whole grid; tune_fusion: from n-best lists, for fine grids
 diagnose_args=            # More options for espnet_llm_plugin.bin.diagnose, e.g. --weak DIR
 # END
 set -euo pipefail
@@ -549,7 +550,8 @@ eval_sets=${test_sets}
 [ "${eval_valid_set}" = false ] || eval_sets="${valid_set} ${test_sets}"
 decode_mark() {
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
-        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" "${tune_config}" "$@"
+        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" \
+        "${tune_config}${tune_tool#tune_scales}" "$@"
 }
 
 if runs 12; then
@@ -565,7 +567,7 @@ if runs 12; then
             mkdir -p "${decode_dir}/tune"
             # shellcheck disable=SC2086
             logged --kind decode --ngpu "${inference_gpu}" --num_threads "${inference_nj}" \
-                "${decode_dir}/tune/tune.log" tool tune_scales ${model_args} \
+                "${decode_dir}/tune/tune.log" tool "${tune_tool}" ${model_args} \
                 --config "${tune_config}" --nj "${inference_nj}" --ngpu "${inference_gpu}" \
                 --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
                 --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune"
