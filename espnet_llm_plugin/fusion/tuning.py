@@ -328,7 +328,9 @@ def heat_map(points: Sequence[Point], best: Point, reranked: Collection[Scales] 
         for axis in others
         if getattr(best.scales, axis) is not None
     ]
-    title = ", ".join(["WER [%]", *fixed]) + ("\n~ re-ranked n-best lists: optimistic" if reranked else "")
+    title = ", ".join(["WER [%]", *fixed]) + (
+        "\n~ re-ranked n-best lists: optimistic" if reranked else ""
+    )
     plot.set_title(title, fontsize="medium")
     figure.colorbar(image)
     return figure

@@ -8,7 +8,8 @@ import yaml
 from espnet_llm_plugin.bin import asr_inference, tune_fusion, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.tuning import Point
-from tests.inference.tiny_asr import make_asr, make_audio, make_lm, read_scp
+from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_lm, read_scp
+from tests.llm.tiny import save_adapted_dir
 
 SECONDS = {"utt-a": 0.5, "utt-b": 0.7, "utt-c": 0.4, "utt-d": 0.02}  # the last is too short
 TEXT = {"utt-a": "ab c", "utt-b": "d a b d", "utt-c": "c", "utt-d": "a"}
@@ -153,6 +154,15 @@ def test_stored_lists(run, files, kind, tmp_path):
     assert found["best"]["wer"] >= best["wer"]
     kept = {json.loads(line)["utt"] for line in (stored / "nbest.jsonl").read_text().splitlines()}
     assert kept >= {"utt-a", "utt-b", "utt-c"}
+
+
+def test_an_llm_swapped_in(run, tmp_path):
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS)
+    options = [*GRID, "--predictor", "llm", "--predictor_conf", f"llm={llm}"]
+    grid = run("factorized", *options, out="grid", command=tune_scales)
+    found = run("factorized", *options)
+    searched = [point for point in found["points"] if "reranked" not in point]
+    assert len(searched) < 18 and all(point in grid["points"] for point in searched)
 
 
 def test_processes_and_repetition(run, monkeypatch):

@@ -117,6 +117,8 @@ tool() {
     "${python}" -m "espnet_llm_plugin.bin.${name}" "$@"
 }
 
+[ "${tune_tool}" = tune_scales ] || [ "${tune_tool}" = tune_fusion ] ||
+    die "--tune_tool is '${tune_tool}'; expected tune_scales or tune_fusion"
 [ "${cmd_backend}" = local ] || [ "${cmd_backend}" = slurm ] ||
     die "--cmd_backend is '${cmd_backend}'; expected local or slurm"
 [ "${num_nodes}" -eq 1 ] || [ "${cmd_backend}" = slurm ] ||
