@@ -67,7 +67,7 @@ def ours(asr: LoadedASR, beam: int, batch: int, counts: dict) -> Callable:
     return run
 
 
-def espnet(asr: LoadedASR, beam: int, search_type: str) -> Callable:
+def espnet(asr: LoadedASR, beam: int, search_type: str, counts: dict) -> Callable:
     from espnet2.asr.transducer.beam_search_transducer import BeamSearchTransducer
 
     model = asr.model
@@ -78,9 +78,16 @@ def espnet(asr: LoadedASR, beam: int, search_type: str) -> Callable:
     )
 
     def run(encoded):
-        with torch.inference_mode():
-            best = [search(out)[0].yseq for out in encoded]
-        return [[token for token in map(int, yseq) if token != 0] for yseq in best]
+        found = []
+        for out in encoded:
+            try:
+                with torch.inference_mode():
+                    yseq = search(out)[0].yseq
+            except UserError:  # `default` can stay in a frame for ever; our decoder stops it
+                counts["endless"] = counts.get("endless", 0) + 1
+                yseq = []
+            found.append([token for token in map(int, yseq) if token != 0])
+        return found
 
     return run
 
@@ -158,10 +165,14 @@ def rows_of(args: argparse.Namespace, models: dict[str, LoadedASR]) -> list[Row]
                 counts: dict = {}
                 rows.append(Row(name, "ours", beam, batch, ours(asr, beam, batch, counts), counts))
             if beam == 1:
-                rows.append(Row(name, "ESPnet greedy", 1, 1, espnet(asr, 1, "default"), {}))
+                counts = {}
+                run = espnet(asr, 1, "default", counts)
+                rows.append(Row(name, "ESPnet greedy", 1, 1, run, counts))
                 continue
             for kind in args.espnet if name == "RNN-T" else args.espnet[:1]:
-                rows.append(Row(name, f"ESPnet {kind}", beam, 1, espnet(asr, beam, kind), {}))
+                counts = {}
+                run = espnet(asr, beam, kind, counts)
+                rows.append(Row(name, f"ESPnet {kind}", beam, 1, run, counts))
             if name == "RNN-T":
                 run = torchaudio_search(asr, beam)
                 rows.append(Row(name, "torchaudio", beam, 1, run, {}))
@@ -206,6 +217,8 @@ def result(row: Row, asr: LoadedASR, ids: list, spent: float, audio: float, refs
     if row.counts.get("num_created"):
         counts["predictor_runs"] = row.counts["num_predictor"]
         counts["prefixes"] = row.counts["num_created"]
+    if row.counts.get("endless"):
+        counts["endless"] = row.counts["endless"]
     return {
         "model": row.model,
         "search": row.search,
@@ -233,6 +246,8 @@ def show(results: list[dict]) -> str:
         peer = peers.get((r["model"], r["beam"]))
         speed_up = "" if peer is None else f"{r['utt_per_s'] / peer:.1f}"
         runs = "" if "prefixes" not in r else f"{r['predictor_runs']} / {r['prefixes']}"
+        if "endless" in r:
+            runs = f"{r['endless']} utterances never ended"
         lines.append(
             f"|{r['model']}|{r['beam']}|{r['search']}|{r['batch']}|{r['utt_per_s']:.2f}"
             f"|{r['rtf']:.4f}|{speed_up}|{r['wer']:.2f}|{runs}|"
@@ -254,7 +269,7 @@ def main(cmd: Optional[list[str]] = None) -> None:
     parser.add_argument("--block", type=int, default=32, help="utterances of a turn")
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--beta", type=float, default=0.4)
-    parser.add_argument("--label_bonus", type=float, default=2.0)
+    parser.add_argument("--label_bonus", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows into this file")
     args = parser.parse_args(cmd)

@@ -121,6 +121,13 @@ class PrefixLM:
         self.vocab_size = int(self.config.vocab_size)
         self._pool = KVPool()
         self.context = context_of(model)
+        # transformers hands a four-dimensional mask to every layer as it is, windows or not.
+        layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        everywhere = layers == {"full_attention"} and not getattr(
+            self.config, "sliding_window", None
+        )
+        attention = getattr(self.config, "_attn_implementation", None)
+        self._takes_masks_as_they_are = attention == "sdpa" and everywhere
         self._warned = False
         self.num_token_forwards = 0
         self.num_forwards = 0
@@ -214,9 +221,16 @@ class PrefixLM:
         """
         slots = torch.from_numpy(table).to(tokens.device)
         layers, new = self.config.num_hidden_layers, tokens.size(1)
+        hidden: Optional[torch.Tensor] = mask.long()
+        if new == 1:
+            # A model's own making of the mask takes as long as two layers of a small model.
+            if bool(mask.all()):
+                hidden = None
+            elif self._takes_masks_as_they_are:
+                hidden = mask[:, None, None, :]
         output = self.model(
             input_ids=tokens,
-            attention_mask=mask.long(),
+            attention_mask=hidden,
             position_ids=positions,
             past_key_values=pooled_cache(self._pool, slots, layers, new),
             use_cache=True,

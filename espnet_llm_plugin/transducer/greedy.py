@@ -14,7 +14,7 @@ import numpy as np
 from espnet_llm_plugin.transducer.beam import Beam, check_scores
 
 if TYPE_CHECKING:
-    from espnet_llm_plugin.transducer.search import Chunk
+    from espnet_llm_plugin.transducer.chunk import Chunk
 
 # Frames scored at once. More save calls, but those after the next label are scored in vain.
 LOOK_AHEAD = 4

@@ -10,7 +10,7 @@ labels only where one of them can still enter the beam, the networks only for pr
 are scored, once each and in one batch.
 """
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from espnet_llm_plugin.transducer.beam import (
     check_scores,
     kth_best,
 )
+from espnet_llm_plugin.transducer.chunk import Chunk, numpy
 from espnet_llm_plugin.transducer.greedy import greedy_step
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
-from espnet_llm_plugin.transducer.search_state import RowScales, SearchState
+from espnet_llm_plugin.transducer.search_state import SearchState
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
@@ -138,7 +139,14 @@ class TransducerSearch:
         state = state.copy()
         utterances, frames = encoder_out.shape[:2]
         count = np.full(utterances, frames) if lengths is None else lengths.cpu().numpy()
-        chunk = Chunk(self, state, encoder_out, count)
+        chunk = Chunk(
+            self.scorer,
+            state,
+            encoder_out,
+            count,
+            max_symbols_per_frame=self.max_symbols_per_frame,
+            forbidden_labels=self.forbidden_labels,
+        )
         if self.beam_size == 1:
             greedy_step(chunk)
         else:
@@ -146,7 +154,7 @@ class TransducerSearch:
         state.frame += count
         return state
 
-    def _beam_step(self, chunk: "Chunk") -> None:
+    def _beam_step(self, chunk: Chunk) -> None:
         state, last = chunk.state, chunk.count[chunk.scales.utterance]
         rows = np.arange(len(last))
         beam, finished = state.beam, []
@@ -164,7 +172,7 @@ class TransducerSearch:
         if finished:
             state.beam = Beam.join([*finished, (rows, beam)])
 
-    def _frame(self, t: int, rows: np.ndarray, chunk: "Chunk") -> Beam:
+    def _frame(self, t: int, rows: np.ndarray, chunk: Chunk) -> Beam:
         """One frame of the live rows, whose hypotheses are ``chunk.state.beam``."""
         state, scales = chunk.state, chunk.scales
         level, ended = state.beam, None
@@ -257,110 +265,6 @@ class TransducerSearch:
         return (found.score >= cut[:, None]) & (found.score > -np.inf)
 
 
-class Chunk:
-    """Frames of a batch, with what scores them.
-
-    Args:
-        search: Whose scorer and options are used.
-        state: Of the search.
-        encoder_out: (B, T, D).
-        count: Frames of each utterance (B,).
-
-    Attributes:
-        scales: Of the rows.
-    """
-
-    def __init__(
-        self,
-        search: TransducerSearch,
-        state: SearchState,
-        encoder_out: torch.Tensor,
-        count: np.ndarray,
-    ):
-        self.scorer = search.scorer
-        self.max_symbols_per_frame = search.max_symbols_per_frame
-        self.state = state
-        self.count = count
-        self.scales = RowScales(
-            state.scales, len(count), self.scorer.alpha, search.forbidden_labels
-        )
-        self._frames = self.scorer.frames(encoder_out)
-        self._device = encoder_out.device
-        self._settings = len(state.scales)
-
-    def cells(self, rows: np.ndarray, frame: np.ndarray, nodes: np.ndarray) -> "ScoredCells":
-        """Scores of M cells: rows in [0, R), frames of the chunk, prefixes."""
-        tree, scales = self.state.tree, self.scales
-        blank_scale, inverse = scales.blank_scale[rows], None
-        if self._settings > 1:
-            # Settings share most prefixes: score each once.
-            key = scales.cell_key[rows] * (1 + frame.max()) + frame
-            key = key * (1 + nodes.max()) + nodes
-            _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-            rows, frame, nodes = rows[first], frame[first], nodes[first]
-        if self.scorer.blank_needs_predictor:
-            tree.need_predictor(nodes)
-        cells = self.scorer.cells(
-            self._frames,
-            self._tensor(scales.utterance[rows]),
-            self._tensor(frame),
-            tree.pool,
-            nodes,
-            tree.label[nodes],
-            self._tensor(scales.alpha[rows].astype(np.float32)),
-        )
-        return ScoredCells(cells, inverse, blank_scale)
-
-    def totals(
-        self,
-        cells: "ScoredCells",
-        index: np.ndarray,
-        rows: np.ndarray,
-        nodes: np.ndarray,
-        together: np.ndarray,
-    ) -> torch.Tensor:
-        """Totals (P, L) of the labels of the cells ``index`` (P), of rows and prefixes (P).
-
-        Args:
-            together: If a network must run, let it run for these prefixes in the same batch.
-        """
-        tree = self.state.tree
-        tree.need_predictor(nodes, together)
-        if self.scales.uses_external:
-            tree.need_external(nodes, together)
-        return self.scales.totals(cells.labels(index), rows, nodes, tree)
-
-    def emitted_at(self, rows: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        """Frame numbers from the start of the rows' utterances, from those in the chunk."""
-        return self.state.frame[self.scales.utterance[rows]] + frame
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
-
-
-class ScoredCells:
-    """Blanks and ceilings of M cells as float64 arrays (M), and their labels' log-probs.
-
-    Args:
-        cells: Distinct ones.
-        inverse: Which of them each of the M is; None: they are the same.
-        blank_scale: Of each of the M.
-    """
-
-    def __init__(self, cells: Any, inverse: Optional[np.ndarray], blank_scale: np.ndarray):
-        self._cells, self._inverse = cells, inverse
-        both = numpy(torch.stack([cells.blank, cells.ceiling]))
-        self.blank, self.ceiling = both if inverse is None else both[:, inverse]
-        self.blank = self.blank * blank_scale
-
-    def labels(self, index: np.ndarray) -> torch.Tensor:
-        """log P(label) of some of the cells (P): (P, L)."""
-        if self._inverse is None:
-            return self._cells.labels(torch.from_numpy(index))
-        distinct, inverse = np.unique(self._inverse[index], return_inverse=True)
-        return self._cells.labels(torch.from_numpy(distinct))[torch.from_numpy(inverse)]
-
-
 def relevant_pairs(
     pairs: LivePairs, ceiling: np.ndarray, entry: np.ndarray, ended: Beam, blank: np.ndarray
 ) -> LivePairs:
@@ -446,8 +350,3 @@ def extend(
     new.blank[row, column] = level.blank[row, place]
     new.path[row, column] = state.emissions.add(level.path[row, place], at[row])
     return new
-
-
-def numpy(scores: torch.Tensor) -> np.ndarray:
-    """Scores as float64 on the host."""
-    return scores.double().cpu().numpy()
