@@ -17,14 +17,12 @@ from espnet_llm_plugin.inference.ctc import CTCSearch
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.prefix_tree import MAX_PREFIXES
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
 
 Search = Union[TransducerSearch, CTCSearch]
 Samples = Union[np.ndarray, torch.Tensor]
-
-# Prefixes kept at once: a bound on memory for long recordings, out of reach of short ones.
-MAX_PREFIXES = 5000
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from espnet_llm_plugin.encoder.latency import log_latency
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.token_list import BLANK, SOS_EOS
 from espnet_llm_plugin.transducer.mwer import MWER
 from espnet_llm_plugin.transducer.nbest_scores import NBest, SequenceScores
-from espnet_llm_plugin.transducer.options import refuse_unknown
 
 # what ASRTask.build_model passes itself
 _PARTS = (

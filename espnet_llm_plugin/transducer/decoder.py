@@ -11,10 +11,10 @@ from espnet2.asr.decoder.abs_decoder import AbsDecoder
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.transducer.abs_predictor import as_history
 from espnet_llm_plugin.transducer.blank import BlankBranch
 from espnet_llm_plugin.transducer.loss import check_blank_norm
-from espnet_llm_plugin.transducer.options import refuse_unknown
 from espnet_llm_plugin.transducer.predictors import build_predictor
 
 # ESPnet's default search stays at a frame for as long as labels cost less than blank. With a label

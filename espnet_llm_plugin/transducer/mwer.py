@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.transducer.nbest import NBestCache, nbest
 from espnet_llm_plugin.transducer.nbest_scores import NBest
-from espnet_llm_plugin.transducer.options import refuse_unknown
 from espnet_llm_plugin.transducer.word_errors import WordErrors
 
 if TYPE_CHECKING:

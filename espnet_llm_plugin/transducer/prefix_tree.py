@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.scorer import PrefixPool
 
 ROOT = 0
+# Prefixes that a search keeps at once by default: a bound on memory for long recordings and large
+# batches (100 MB of LM rows at 5,000 labels), out of reach of a short one.
+MAX_PREFIXES = 5000
 
 
 class RowStore:
