@@ -199,13 +199,13 @@ def timed(
 ) -> list[tuple[list, str, dict[str, float]]]:
     """N-best and times (seconds; the batch's, shared by length) of each utterance."""
     rate = recognizer.asr.sample_rate
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     encoder_out, lengths = recognizer.encode([utterance.speech for utterance in batch])
     if encoder_out.is_cuda:
         torch.cuda.synchronize()
     middle = time.perf_counter()
     lists = recognizer.decode(encoder_out, lengths)
-    end = time.perf_counter()
+    end, cpu_end = time.perf_counter(), time.process_time()
     total = sum(len(utterance.speech) for utterance in batch)
     results = []
     for utterance, nbest in zip(batch, lists):
@@ -215,6 +215,7 @@ def timed(
             audio_seconds=len(utterance.speech) / rate if is_waveform else 0.0,
             encoder_seconds=share * (middle - start),
             search_seconds=share * (end - middle),
+            cpu_seconds=share * (cpu_end - cpu_start),
         )
         results.append((nbest, "", timing))
     return results

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import time
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def decode_all(
     )
     for utt, speech, reason in progress:
         pieces = []
+        cpu_start = time.process_time()
         if not reason:
             try:
                 pieces = simulate(streaming, speech, piece_length)
@@ -83,6 +85,7 @@ def decode_all(
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
                 reason = first_line(error)
+        cpu_seconds = time.process_time() - cpu_start
         if reason:
             logging.warning(f"{utt} {reason}: its hypothesis is empty")
             writer.add(utt, [], failure=reason)
@@ -96,5 +99,6 @@ def decode_all(
             audio_seconds=len(speech) / streaming.sample_rate,
             encoder_seconds=sum(piece.encoder_seconds for piece in pieces),
             search_seconds=sum(piece.search_seconds for piece in pieces),
+            cpu_seconds=cpu_seconds,
             pieces=[piece.as_dict() for piece in pieces],
         )

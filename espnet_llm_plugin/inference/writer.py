@@ -48,6 +48,7 @@ class ResultWriter:
         audio_seconds: float = 0.0,
         encoder_seconds: float = 0.0,
         search_seconds: float = 0.0,
+        cpu_seconds: float = 0.0,
         failure: str = "",
         pieces: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -60,6 +61,7 @@ class ResultWriter:
             "audio_seconds": audio_seconds,
             "encoder_seconds": encoder_seconds,
             "search_seconds": search_seconds,
+            "cpu_seconds": cpu_seconds,
             "failure": failure,
             "pieces": list(pieces),
             "nbest": [_entry(recognition) for recognition in nbest] or [_EMPTY],
@@ -105,13 +107,14 @@ class ResultWriter:
     def _summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         seconds = {
             name: sum(record[name] for record in records)
-            for name in ("audio_seconds", "encoder_seconds", "search_seconds")
+            for name in ("audio_seconds", "encoder_seconds", "search_seconds", "cpu_seconds")
         }
         used = seconds["encoder_seconds"] + seconds["search_seconds"]
         audio = seconds["audio_seconds"]
         return {
             **{name: round(value, 3) for name, value in seconds.items()},
             "rtf": used / audio if audio else None,
+            "cpu_rtf": seconds["cpu_seconds"] / audio if audio else None,
             "utterances": len(records),
             "failed": {r["utt"]: r["failure"] for r in records if r["failure"]},
         }

@@ -11,6 +11,9 @@
                                             # seeds, and their standard deviation, are reported
     unfinished: true                        # optional: systems and seeds that are not scored yet
                                             # are listed as not run or left out, not an error
+    cpu_time: true                          # optional: the CPU's seconds instead of the clock's, in
+                                            # "cpu_rtf" and "cpu_seconds" instead of "rtf" and
+                                            # "seconds" below: for figures of a busy machine
     systems:
       - name: RNN-T
         test: exp/asr_rnnt/decode/test      # scored directory, or {data set: directory, ...}
@@ -56,7 +59,7 @@ from espnet_llm_plugin.scoring.wer import Summary
 
 SCALES = ("alpha", "beta", "label_bonus", "lm_weight", "ilm_weight")
 
-_TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "systems"}
+_TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
 _SYSTEM_KEYS = {"name", "group", "command", "test", "dev", "scales", "dev_nll", "perplexity"}
 _SYSTEM_KEYS |= {"rtf", "time"}
 _SEED = "{seed}"
@@ -156,7 +159,8 @@ def load_results(path: Union[str, Path]) -> Results:
     entries = config["systems"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: systems must be a list of mappings")
-    reader = _Reader(_seeds(path, config.get("seeds")), config.get("unfinished") is True)
+    cpu = "cpu_" if config.get("cpu_time") is True else ""
+    reader = _Reader(_seeds(path, config.get("seeds")), config.get("unfinished") is True, cpu)
     systems = [
         _load_system(f"{path}: system {n}", entry, reader) for n, entry in enumerate(entries, 1)
     ]
@@ -208,6 +212,7 @@ class _Reader:
 
     seeds: list[int]
     unfinished: bool
+    clock: str = ""  # before the names of times: "" of the clock, "cpu_" of the CPU
 
     def each(self, path: Union[str, Path]) -> Iterator[tuple[Optional[int], str]]:
         """Seed and path; one pair with None if the path has no ``{seed}``."""
@@ -247,7 +252,8 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
     tests = {str(name): reader.data_set(directory) for name, directory in directories.items()}
     times = entry.get("time")
     times = times if isinstance(times, list) else [times] if times is not None else []
-    seconds = [reader.mean(file, lambda one: _read_number(one, "seconds")) for file in times]
+    seconds_key = reader.clock + "seconds"
+    seconds = [reader.mean(file, lambda one: _read_number(one, seconds_key)) for file in times]
     return System(
         name=str(entry["name"]),
         tests={name: found for name, found in tests.items() if found is not None},
@@ -255,7 +261,7 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
         scales=_load_scales(where, entry.get("scales"), reader),
         dev_nll=reader.mean(entry.get("dev_nll"), lambda one: _read_number(one, "nll_per_label")),
         perplexity=reader.mean(entry.get("perplexity"), _read_perplexity),
-        rtf=reader.mean(entry.get("rtf"), _read_rtf),
+        rtf=reader.mean(entry.get("rtf"), lambda one: _read_rtf(one, reader.clock + "rtf")),
         seconds=sum(seconds) if seconds and None not in seconds else None,
         group=entry.get("group"),
         command=entry.get("command"),
@@ -343,12 +349,12 @@ def _read_perplexity(path: str) -> float:
     return _number(f"{path}: word_perplexity", table["word_perplexity"])
 
 
-def _read_rtf(pattern: str) -> float:
+def _read_rtf(pattern: str, key: str) -> float:
     """Real-time factor of all decoding jobs whose file matches the pattern."""
     files = sorted(glob.glob(str(pattern)))
     if not files:
         raise UserError(f"{pattern}: no such file")
-    factors = [_read_number(file, "rtf") for file in files]
+    factors = [_read_number(file, key) for file in files]
     if len(files) == 1:
         return factors[0]
     audio = [_read_number(file, "audio_seconds") for file in files]

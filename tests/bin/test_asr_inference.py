@@ -89,6 +89,9 @@ def test_output_is_that_of_espnet_and_more(run, kind):
         (summary["encoder_seconds"] + summary["search_seconds"]) / summary["audio_seconds"],
         rel=0.05,
     )
+    assert summary["cpu_rtf"] == pytest.approx(
+        summary["cpu_seconds"] / summary["audio_seconds"], rel=0.05
+    )
     assert summary["failed"] == {} and summary["utterances"] == 3
 
 

@@ -106,6 +106,19 @@ def test_real_time_factor_of_several_jobs(recipe):
     assert load_results("results.yaml").systems[1].rtf == pytest.approx(7 / 40)
 
 
+def test_times_of_the_cpu_instead_of_the_clock(recipe):
+    (recipe / "exp/rtf.json").write_text(json.dumps({"rtf": 0.0071, "cpu_rtf": 0.005}))
+    for name, seconds in (("time", 60), ("long", 600)):
+        content = {"seconds": 9 * seconds, "cpu_seconds": seconds}
+        (recipe / f"exp/{name}.json").write_text(json.dumps(content))
+    (recipe / "results.yaml").write_text("cpu_time: true" + CONFIG)
+    weak, strong = load_results("results.yaml").systems
+    assert (weak.seconds, strong.seconds, strong.rtf) == (60, 660, 0.005)
+    (recipe / "exp/long.json").write_text('{"seconds": 600}')
+    with pytest.raises(UserError, match="long.json: no cpu_seconds in it; it has seconds"):
+        load_results("results.yaml")
+
+
 def test_columns_that_nobody_fills_are_left_out(recipe):
     (recipe / "results.yaml").write_text("systems: [{name: weak, test: exp/asr_weak/decode/test}]")
     header, _ = results_page.comparison(load_results("results.yaml"))

@@ -176,7 +176,13 @@ jobs_for() {
     done
     echo "${jobs}"
 }
-# Seconds of training in <directory>/time.json, those of killed runs included.
+# Seconds of training in <directory>/time.json, of the clock and of the CPU (which does not count
+# what else the machine does). Those of killed runs are included, both by the clock.
+cpu_seconds() { # of the processes that this shell (not a subshell) has waited for: `cpu_used`
+    times > "$1/.times"
+    cpu_used=$(awk -F '[ms ]+' 'END {printf "%.0f", 60 * ($1 + $3) + $2 + $4}' "$1/.times")
+    rm "$1/.times"
+}
 start_clock() {
     local before=0
     [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
@@ -185,11 +191,16 @@ start_clock() {
         echo "${before}" > "$1/.seconds"
     fi
     touch "$1/.started"
+    cpu_seconds "$1"
+    cpu_before=${cpu_used}
 }
 stop_clock() {
     local before=0
+    cpu_seconds "$1"
     [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
-    echo "{\"seconds\": $((before + $(date +%s) - $(stat -c %Y "$1/.started")))}" > "$1/time.json"
+    printf '{"seconds": %d, "cpu_seconds": %d}\n' \
+        $((before + $(date +%s) - $(stat -c %Y "$1/.started"))) \
+        $((before + cpu_used - cpu_before)) > "$1/time.json"
     rm -f "$1/.started" "$1/.seconds"
 }
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.

@@ -52,7 +52,7 @@ run_row() {
     [ "${size}" != tiny ] || grid=tune_tiny
     decoding=$(tag_of "$1")
     asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
-        --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
+        --tune_tool tune_fusion --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
 }
 
 # --- all that was asked for -----------------------------------------------------------------------
