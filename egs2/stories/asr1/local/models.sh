@@ -38,7 +38,7 @@ prepare_data() {
     recipe "${name}_data" --skip_train true --stop_stage 5 --nj "${jobs}" \
         --bpe_train_text "${data}/lm_train/text" --local_data_opts \
         "--text data/text_${texts}_${source} $(counts ${sizes}) --nj ${jobs} --output_dir ${data}"
-    [ "${stop_stage}" -le 5 ] || encoder=offline epochs=1 seed=1 \
+    [ "${stop_stage}" -le 5 ] || encoder=offline epochs=1 seed=1 decoding=stats \
         asr ctc train_ctc --stage 10 --stop_stage 10
 }
 
@@ -82,7 +82,7 @@ place() { # model
     [ "$1" != ctc ] || condition=${encoder}_s${seed}
     echo "${exp}/${condition}"
 }
-asr() { # model, configuration, options; `decoding` is the tag of one, for which others do not wait
+asr() { # model, configuration, options; `decoding` names what others need not wait for
     local directory
     directory=$(place "$1")
     recipe "${name}_$(basename "${directory}")_$1_${decoding:-train}" --skip_data_prep true --expdir "${directory}" \
