@@ -1,0 +1,106 @@
+"""Merged frames and kept labels against plain loops over the definitions."""
+
+import pytest
+import torch
+
+from espnet_llm_plugin.fusion.ctc_frames import compress_frames, ctc_segments, keep_labels
+from espnet_llm_plugin.fusion.ctc_prefix_scorer import CTCPrefixScorer
+
+
+def peaky(shape, seed=0):
+    """Posteriors with runs of one label, sure and unsure."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, frames, labels = shape
+    runs = torch.randint(labels, (batch, -(-frames // 3)), generator=generator)
+    best = runs.repeat_interleave(3, 1)[:, :frames]
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+    height = torch.rand((batch, frames, 1), generator=generator, dtype=torch.float64) * 8
+    logits.scatter_add_(2, best[:, :, None], height)
+    return logits.log_softmax(-1)
+
+
+def segments_by_the_book(probabilities, threshold):
+    """Lists of the frames of each segment, for one utterance (T, V)."""
+    segments = [[0]]
+    best = [(int(row.argmax()), float(row.max()) >= threshold) for row in probabilities]
+    for t in range(1, len(best)):
+        same_label = best[t][0] == best[t - 1][0]
+        if same_label and best[t][1] and best[t - 1][1]:
+            segments[-1].append(t)
+        else:
+            segments.append([t])
+    return segments
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8, 0.95])
+def test_compression_by_the_book(threshold):
+    log_probs = peaky((3, 40, 6))
+    lengths = torch.tensor([40, 22, 1])
+    padded = log_probs.clone()
+    padded[1, 22:] = float("nan")
+    compressed, new_lengths = compress_frames(padded, lengths, threshold)
+    ids, _ = ctc_segments(padded, lengths, threshold)
+    merged = 0
+    for b, length in enumerate(lengths.tolist()):
+        expected = segments_by_the_book(log_probs[b, :length].exp(), threshold)
+        merged += length - len(expected)
+        assert new_lengths[b] == len(expected)
+        for i, frames in enumerate(expected):
+            assert ids[b, frames].tolist() == [i] * len(frames)
+            best = log_probs[b, frames].exp().amax(0)
+            torch.testing.assert_close(compressed[b, i].exp(), best / best.sum())
+    assert merged > 0
+    assert compressed.shape == (3, int(new_lengths.max()), 6)
+
+
+def test_a_threshold_that_nothing_reaches_changes_nothing():
+    log_probs = peaky((2, 10, 5)).clamp(min=-20).log_softmax(-1)
+    lengths = torch.tensor([10, 10])
+    compressed, new_lengths = compress_frames(log_probs, lengths, 1.0)
+    assert new_lengths.tolist() == [10, 10]
+    torch.testing.assert_close(compressed, log_probs)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_kept_labels_by_the_book(top_k):
+    log_probs = peaky((3, 12, 10), seed=3)
+    lengths = torch.tensor([12, 5, 0])
+    always = (2, 9)
+    kept, labels = keep_labels(log_probs, lengths, top_k, always)
+    if top_k == 8:
+        assert kept is log_probs and labels is None
+        return
+    for b, length in enumerate(lengths.tolist()[:2]):
+        highest = log_probs[b, :length].amax(0).tolist()
+        order = sorted(set(range(10)) - set(always), key=lambda v: -highest[v])
+        expected = sorted([*order[:top_k], *always])
+        assert labels[b].tolist() == expected
+        part = log_probs[b, :length, expected].exp()
+        rows = (part / part.sum(-1, keepdim=True)).log()
+        torch.testing.assert_close(kept[b, :length], rows)
+    assert {2, 9} <= set(labels[2].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_both_reductions_equal_the_scorer_of_reduced_posteriors(dtype):
+    """Compression first, then top-k, then the unreduced scorer on what is left."""
+    log_probs = peaky((2, 40, 12)).to(dtype)
+    lengths = torch.tensor([40, 31])
+    both = CTCPrefixScorer(log_probs, lengths, top_k=4, compress_threshold=0.7)
+    assert both.labels.shape == (2, 6)
+    assert (both.lengths < lengths).all()
+    state = both.extend(both.initial_state(), torch.tensor([0, 1]), both.labels[:, 2])
+    scores = both.next_log_probs(state)
+    for b in range(2):
+        frames = log_probs[b, : lengths[b]].exp()
+        segments = segments_by_the_book(frames, 0.7)
+        best = torch.stack([frames[s].amax(0) for s in segments])
+        best = best / best.sum(-1, keepdim=True)
+        highest = best.amax(0).tolist()
+        order = sorted(range(1, 11), key=lambda v: -highest[v])
+        kept = sorted([0, *order[:4], 11])
+        assert both.labels[b].tolist() == kept
+        left = best[:, kept] / best[:, kept].sum(-1, keepdim=True)
+        plain = CTCPrefixScorer(left.log()[None], torch.tensor([len(segments)]))
+        single = plain.extend(plain.initial_state(), torch.tensor([0]), torch.tensor([2]))
+        torch.testing.assert_close(scores[b], plain.next_log_probs(single)[0])
