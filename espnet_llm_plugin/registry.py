@@ -42,6 +42,12 @@ ENTRIES = (
         "Conformer in chunks with causal convolution and optional look-ahead; streams",
     ),
     Entry(
+        "postencoder",
+        "frame_stacking",
+        "espnet_llm_plugin.encoder.adapters_postencoder:FrameStackingPostEncoder",
+        "n consecutive encoder frames side by side, projected: a lower frame rate",
+    ),
+    Entry(
         "model",
         "transducer",
         "espnet_llm_plugin.transducer.model:TransducerModel",
@@ -70,6 +76,7 @@ ENTRIES = (
 # Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
 CHOICES = {
     "encoder": ("espnet2.tasks.asr", "encoder_choices"),
+    "postencoder": ("espnet2.tasks.asr", "postencoder_choices"),
     "model": ("espnet2.tasks.asr", "model_choices"),
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),
@@ -115,5 +122,5 @@ def table() -> str:
     """Return all names with their descriptions, one a line."""
     width = max(len(entry.name) for entry in ENTRIES)
     return "\n".join(
-        f"{entry.kind:8s} {entry.name:{width}s}  {entry.description}" for entry in ENTRIES
+        f"{entry.kind:11s} {entry.name:{width}s}  {entry.description}" for entry in ENTRIES
     )
