@@ -3,17 +3,25 @@
 from espnet2.utils.types import str_or_none
 
 from espnet_llm_plugin.bin.data_options import new_parser
-from espnet_llm_plugin.data.tokens import BPE_MODES, make_bpe_list, make_character_list
-from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.data.tokens import (
+    BPE_MODES,
+    make_bpe_list,
+    make_character_list,
+    write_tokens,
+)
+from espnet_llm_plugin.errors import UserError, run_cli
 
 
 def get_parser():
     """The command line's options; names as in ESPnet's asr.sh where it has them."""
     parser = new_parser(__doc__)
-    parser.add_argument("--token_type", choices=("bpe", "char", "word"), default="bpe", help="Unit")
     parser.add_argument(
-        "--text", nargs="+", required=True, help="Files of lines '<id> <transcript>'"
+        "--token_type",
+        choices=("bpe", "char", "word", "hugging_face"),
+        default="bpe",
+        help="Unit; hugging_face: the tokens of --llm, with its ids",
     )
+    parser.add_argument("--text", nargs="+", default=(), help="Files of lines '<id> <transcript>'")
     parser.add_argument(
         "--output_dir", required=True, help="E.g. data/token_list/bpe_unigram500, .../char"
     )
@@ -31,13 +39,25 @@ def get_parser():
     group.add_argument(
         "--vocabulary_size", type=int, default=0, help="Most tokens, specials included; 0: all"
     )
+    group = parser.add_argument_group("hugging_face")
+    group.add_argument("--llm", type=str_or_none, help="LLM: directory or hub id")
     return parser
 
 
 def main(cmd=None):
     """Run the command line."""
     args = get_parser().parse_args(cmd)
-    if args.token_type == "bpe":
+    native = args.token_type == "hugging_face"
+    if native != bool(args.llm) or native == bool(args.text):
+        raise UserError(
+            f"--token_type {args.token_type} is made from {'--llm' if native else '--text'} alone; "
+            f"got --llm {args.llm}, --text {' '.join(args.text) or None}"
+        )
+    if native:
+        from espnet_llm_plugin.llm.native import native_token_list
+
+        tokens = write_tokens(native_token_list(args.llm), args.output_dir)
+    elif args.token_type == "bpe":
         tokens = make_bpe_list(
             args.text,
             args.output_dir,

@@ -40,9 +40,14 @@ def _write_list(tokens: Sequence[str], output_dir: Path) -> list[str]:
             f"the token list would contain {', '.join(repeated)} more than once: the training "
             "text contains this symbol of the token list's own; remove it there"
         )
-    with atomic_write(output_dir / "tokens.txt") as stream:
+    return write_tokens(tokens, output_dir)
+
+
+def write_tokens(tokens: Sequence[str], output_dir: PathLike) -> list[str]:
+    """Write ``tokens.txt``, one token a line."""
+    with writing(output_dir), atomic_write(Path(output_dir) / "tokens.txt") as stream:
         stream.writelines(token + "\n" for token in tokens)
-    return tokens
+    return list(tokens)
 
 
 def make_character_list(
