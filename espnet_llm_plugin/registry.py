@@ -12,7 +12,7 @@ class Entry:
     """One registered class.
 
     Attributes:
-        kind: ESPnet's option, e.g. ``decoder`` for ``--decoder NAME``.
+        kind: ESPnet's option, e.g. ``decoder`` for ``--decoder NAME``; a key of ``CHOICES``.
         name: The lower-case name in YAML files.
         path: ``module:Class``; also usable as a dotted path with keyword arguments.
         description: One line for ``--list``.
@@ -71,6 +71,12 @@ ENTRIES = (
         "espnet_llm_plugin.llm.causal_llm:CausalLLM",
         "Hugging Face causal LM: trained from scratch, fine-tuned, or as shallow-fusion LM",
     ),
+    Entry(
+        "lm_model",
+        "copy",
+        "espnet_llm_plugin.llm.copy_model:CopyLanguageModel",
+        "training of causal_llm that makes it copy from its context (a small LLM for a speech LLM)",
+    ),
 )
 
 # Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
@@ -80,6 +86,7 @@ CHOICES = {
     "model": ("espnet2.tasks.asr", "model_choices"),
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),
+    "lm_model": ("espnet2.tasks.lm", "model_choices"),  # --model of LMTask
 }
 
 

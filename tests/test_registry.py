@@ -11,11 +11,9 @@ def test_register_is_idempotent_and_checks_types():
 
     registry.register()
     registry.register()
-    asr = import_quietly("espnet2.tasks.asr")
-    lm = import_quietly("espnet2.tasks.lm")
     for entry in registry.ENTRIES:
-        module = lm if entry.kind == "lm" else asr
-        choices = getattr(module, registry.CHOICES[entry.kind][1])
+        module, attribute = registry.CHOICES[entry.kind]
+        choices = getattr(import_quietly(module), attribute)
         assert choices.get_class(entry.name) is entry.load()
 
 

@@ -22,7 +22,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
     args = get_parser().parse_args(cmd)
     from espnet_llm_plugin import registry
 
-    registry.register(("lm",))
+    registry.register(("lm", "lm_model"))
     from espnet_llm_plugin.llm.export import export_llm
 
     print(export_llm(args.lm_train_config, args.lm_file, args.output_dir))

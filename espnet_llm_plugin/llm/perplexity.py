@@ -133,6 +133,23 @@ def asr_tokenizer(
     return lambda text: [index.get(word, unk) for word in text.split()]
 
 
+def adapted_tokenizer(llm_dir: Union[str, Path]) -> tuple[Callable[[str], list[int]], list[str]]:
+    """The tokenisation of an LLM whose rows are the tokens of an ASR list, and those tokens.
+
+    Args:
+        llm_dir: Directory as ``adapt_vocabulary`` and ``export_llm`` write it.
+
+    Raises:
+        UserError: Not such a directory.
+    """
+    from espnet_llm_plugin.llm.directory import BPE_FILE, llm_tokens
+
+    tokens = llm_tokens(llm_dir)
+    bpemodel = Path(llm_dir) / BPE_FILE
+    pieces = bpemodel if bpemodel.is_file() else None
+    return asr_tokenizer(tokens, guess_token_type(tokens), pieces), tokens
+
+
 def score_adapted(llm_dir: Union[str, Path], sentences: Sequence[str]) -> TextScore:
     """Score sentences under an LLM whose rows are the tokens of an ASR token list.
 
@@ -144,13 +161,8 @@ def score_adapted(llm_dir: Union[str, Path], sentences: Sequence[str]) -> TextSc
         UserError: Not such a directory.
     """
     from espnet_llm_plugin.llm.backbone import load_causal_lm
-    from espnet_llm_plugin.llm.directory import BPE_FILE, llm_tokens
 
-    tokens = llm_tokens(llm_dir)
-    bpemodel = Path(llm_dir) / BPE_FILE
-    encode = asr_tokenizer(
-        tokens, guess_token_type(tokens), bpemodel if bpemodel.is_file() else None
-    )
+    encode, tokens = adapted_tokenizer(llm_dir)
     return score_text(
         load_causal_lm(llm_dir),
         [encode(sentence) for sentence in sentences],

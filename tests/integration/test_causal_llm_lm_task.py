@@ -37,7 +37,7 @@ def work(tmp_path_factory):
     """ESPnet with the plugin, a token list, text and shape files."""
     from espnet_llm_plugin import registry
 
-    registry.register(("lm",))
+    registry.register(("lm", "lm_model"))
     root = tmp_path_factory.mktemp("work")
     train_sentencepiece(root / "sp", TEXT, 40)
     for name, lines in (("train", TEXT * 4), ("valid", TEXT[:3])):
@@ -193,3 +193,38 @@ def test_frozen_llm_decodes_in_espnets_speech2text(work, exported):
     )
     row, state = model.lm.score(torch.tensor([model.sos]), None, None)
     assert row.shape == (len(conf.token_list),) and state.length == 1
+
+
+def test_copying_is_trained_by_lm_train_and_exported(work, caplog):
+    """`--model copy`: its figures are in the log of each epoch; perplexity and export as ever."""
+    import logging
+
+    from espnet_llm_plugin.bin import copy_accuracy, export_llm
+
+    options = ["--model", "copy", "--model_conf", "plain_share=0.5", "--model_conf", "drop=0.2"]
+    with caplog.at_level(logging.INFO):
+        copier = lm_train(work, "copier", {"config": SMALL}, *options)
+    figures = [r.getMessage() for r in caplog.records if "epoch results" in r.getMessage()]
+    assert len(figures) == 2
+    for name in ("acc_copy", "acc_clean", "acc_random", "gap_copy", "loss_plain"):
+        assert all(f"{name}=" in line for line in figures)
+    conf = yaml.safe_load((copier / "config.yaml").read_text())
+    assert conf["model"] == "copy" and conf["model_conf"]["drop"] == 0.2
+    checkpoint = copier / "valid.loss.ave.pth"
+    trained = perplexity(work, copier / "config.yaml", checkpoint, work / "ppl5")
+    export_llm.main(
+        [
+            f"--lm_train_config={copier / 'config.yaml'}",
+            f"--lm_file={checkpoint}",
+            f"--output_dir={work / 'copier_llm'}",
+        ]
+    )
+    files = [work / "copier_llm" / f"espnet_lm.{end}" for end in ("yaml", "pth")]
+    assert perplexity(work, *files, work / "ppl6") == pytest.approx(trained, rel=1e-6)
+    copy_accuracy.main(
+        [
+            *["--llm", str(work / "copier_llm"), "--text", str(work / "valid")],
+            *["--output", str(work / "copy.json")],
+        ]
+    )
+    assert (work / "copy.json").is_file()
