@@ -23,9 +23,9 @@ from espnet_llm_plugin.encoder.adapters_reduction import (
     beyond,
     check_stack,
     mean_of_segments,
-    segment_frames,
     stack_frames,
 )
+from espnet_llm_plugin.encoder.ctc_segments import ctc_segments
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.options import refuse_unknown
 
@@ -196,7 +196,7 @@ class CTCCompressionAdapter(SpeechAdapter):
         encoder_output_size: E.
         hidden_size: D.
         threshold: tau, the probability from which on a frame's best label is sure; see
-            :func:`segment_frames`.
+            :func:`ctc_segments`.
         projection: see :class:`FrameStackingAdapter`, as all that follow.
     """
 
@@ -226,9 +226,9 @@ class CTCCompressionAdapter(SpeechAdapter):
         self.scale = TextScale(hidden_size, text_scale) if match_text_scale else None
 
     def reduce(self, hs, hlens, ctc_log_probs, label_embeddings):
-        segments = segment_frames(ctc_log_probs, hlens, self.threshold)
-        embeddings = self.projection(mean_of_segments(hs, segments))
-        return embeddings if self.scale is None else self.scale(embeddings), segments.counts
+        segments, counts = ctc_segments(ctc_log_probs, hlens, self.threshold)
+        embeddings = self.projection(mean_of_segments(hs, hlens, segments, counts))
+        return embeddings if self.scale is None else self.scale(embeddings), counts
 
 
 class CTCEmbeddingAdapter(SpeechAdapter):

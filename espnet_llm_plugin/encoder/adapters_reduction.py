@@ -1,13 +1,10 @@
 """Fewer frames for the LLM: n frames side by side, or runs of one CTC label averaged.
 
-B utterances, T frames, E encoder width, n frames stacked, P positions after the reduction, C rows
-of the CTC output (row 0 blank).
+B utterances, T frames, E encoder width, n frames stacked, P positions after the reduction.
 
 What lies beyond an utterance's length, NaN included, has no influence, so that an utterance of a
 ragged batch gives what it gives alone. Zero frames give zero positions.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,55 +40,28 @@ def stack_frames(frames: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tenso
     return frames.reshape(len(frames), -1, n * frames.size(2)), (lengths + n - 1) // n
 
 
-class Segments(NamedTuple):
-    """Which frames are merged.
-
-    Attributes:
-        index: (B, T) number of a frame's segment, from 0; padding has P, the segment that is none.
-        counts: (B,) segments of the utterances; the most is P.
-    """
-
-    index: Tensor
-    counts: Tensor
-
-
-def segment_frames(ctc_log_probs: Tensor, lengths: Tensor, threshold: float) -> Segments:
-    """CTC compression of arXiv 2603.15045: where a frame belongs to the one before it.
-
-    ``y_t = argmax_y p(y | h_t)`` is merged with its predecessor if ``y_t = y_{t-1}`` and both
-    probabilities are at least ``threshold``. Blank is a label like the others: runs of blank are
-    merged too. Threshold 0 merges every run of one label, above 1 nothing.
-
-    Args:
-        ctc_log_probs: (B, T, C) log-probabilities.
-        lengths: (B,) frames; the longest may be shorter than T.
-        threshold: tau, a probability.
-    """
-    best, label = ctc_log_probs.max(-1)
-    sure = best.float().exp() >= threshold
-    merged = (label[:, 1:] == label[:, :-1]) & sure[:, 1:] & sure[:, :-1]
-    padding = beyond(lengths, label.size(1))
-    begins = torch.nn.functional.pad(~merged, (min(1, label.size(1)), 0), value=True) & ~padding
-    counts = begins.sum(1)
-    index = (begins.cumsum(1) - 1).masked_fill(padding, int(counts.max()))
-    return Segments(index, counts)
-
-
-def mean_of_segments(frames: Tensor, segments: Segments) -> Tensor:
-    """Average the frames of every segment: (B, T, E) -> (B, P, E), zeros where there is none.
+def mean_of_segments(frames: Tensor, lengths: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+    """Average the frames of every segment: CTC compression of arXiv 2603.15045.
 
     Sums in float32 at least: a long silence is one segment of hundreds of frames.
+
+    Args:
+        frames: (B, T, E).
+        lengths: (B,) frames of the utterances.
+        segments: (B, T) segment of each frame, see :func:`ctc_segments`.
+        counts: (B,) segments of the utterances.
+
+    Returns:
+        (B, P, E), P the largest of ``counts``; zeros where an utterance has no segment.
     """
-    num_segments = int(segments.counts.max())
-    padding = segments.index == num_segments
-    wide = torch.promote_types(frames.dtype, torch.float32)
-    frames_wide = frames.to(wide).masked_fill(padding[..., None], 0.0)
-    index = segments.index[..., None].expand_as(frames_wide)
-    # One place more than there are segments takes the padding.
-    sums = frames_wide.new_zeros(len(frames), num_segments + 1, frames.size(2))
-    sums = sums.scatter_add(1, index, frames_wide)[:, :-1]
-    sizes = frames_wide.new_zeros(len(frames), num_segments + 1)
-    sizes = sizes.scatter_add(1, segments.index, torch.ones_like(frames_wide[..., 0]))[:, :-1]
+    num_segments = int(counts.max())
+    padding = beyond(lengths, frames.size(1))
+    wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    wide = wide.masked_fill(padding[..., None], 0.0)
+    sums = wide.new_zeros(len(frames), num_segments, frames.size(2))
+    sums = sums.scatter_add(1, segments[..., None].expand_as(wide), wide)
+    sizes = wide.new_zeros(len(frames), num_segments)
+    sizes = sizes.scatter_add(1, segments, (~padding).to(wide.dtype))
     return (sums / sizes.clamp(min=1)[..., None]).to(frames.dtype)
 
 

@@ -10,9 +10,9 @@ from espnet_llm_plugin.encoder.adapters_layers import ExtraLayers
 from espnet_llm_plugin.encoder.adapters_postencoder import FrameStackingPostEncoder
 from espnet_llm_plugin.encoder.adapters_reduction import (
     mean_of_segments,
-    segment_frames,
     stack_frames,
 )
+from espnet_llm_plugin.encoder.ctc_segments import ctc_segments
 from espnet_llm_plugin.errors import UserError
 
 ENCODER, HIDDEN, LABELS = 6, 8, 5
@@ -212,32 +212,22 @@ def test_compression_merges_sure_runs_of_labels_and_of_blank():
     prob = [0.9, 0.95, 0.9, 0.9, 0.6, 0.9, 0.9, 0.9]
     probs = torch.tensor([[(1 - p) / 2] * 3 for p in prob])
     probs[torch.arange(8), label] = torch.tensor(prob)
-    segments = segment_frames(probs[None].log(), torch.tensor([8]), threshold=0.8)
-    assert segments.index.tolist() == [[0, 0, 1, 1, 2, 3, 4, 4]]
-    assert segments.counts.tolist() == [5]
-    # the threshold 0 merges every run, 1 none of these
-    every_run = segment_frames(probs[None].log(), torch.tensor([8]), threshold=0.0)
-    assert every_run.index.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2]]
-    assert segment_frames(probs[None].log(), torch.tensor([8]), 1.0).counts.tolist() == [8]
-    means = mean_of_segments(torch.arange(8.0)[None, :, None], segments)
+    lengths = torch.tensor([8])
+    segments, counts = ctc_segments(probs[None].log(), lengths, threshold=0.8)
+    assert segments.tolist() == [[0, 0, 1, 1, 2, 3, 4, 4]]
+    assert counts.tolist() == [5]
+    means = mean_of_segments(torch.arange(8.0)[None, :, None], lengths, segments, counts)
     assert means.flatten().tolist() == [0.5, 2.5, 4.0, 5.0, 6.5]
-
-
-def test_compression_of_a_short_utterance_is_padded():
-    log_probs = torch.zeros(2, 4, 2)
-    log_probs[..., 1] = -9.0
-    log_probs[0, 1] = torch.tensor([-9.0, 0.0])
-    segments = segment_frames(log_probs, torch.tensor([4, 2]), threshold=0.9)
-    assert segments.index.tolist() == [[0, 1, 2, 2], [0, 0, 3, 3]]
-    assert segments.counts.tolist() == [3, 1]
-    means = mean_of_segments(torch.ones(2, 4, 1), segments)
-    assert means[..., 0].tolist() == [[1, 1, 1], [1, 0, 0]]
+    # the threshold 0 merges every run, 1 none of these
+    every_run, _ = ctc_segments(probs[None].log(), lengths, threshold=0.0)
+    assert every_run.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2]]
+    assert ctc_segments(probs[None].log(), lengths, 1.0)[1].tolist() == [8]
 
 
 def test_long_silence_is_averaged_exactly_in_half_precision():
-    frames = torch.ones(1, 3000, 1, dtype=torch.bfloat16)
-    segments = segment_frames(torch.zeros(1, 3000, 1), torch.tensor([3000]), 0.9)
-    assert mean_of_segments(frames, segments).tolist() == [[[1.0]]]
+    frames, lengths = torch.ones(1, 3000, 1, dtype=torch.bfloat16), torch.tensor([3000])
+    segments = ctc_segments(torch.zeros(1, 3000, 1), lengths, 0.9)
+    assert mean_of_segments(frames, lengths, *segments).tolist() == [[[1.0]]]
 
 
 def test_matched_scale_is_that_of_the_text():
