@@ -33,9 +33,12 @@ def compress_frames(log_probs: Tensor, lengths: Tensor, threshold: float) -> tup
     shape = len(log_probs), num_segments, log_probs.size(2)
     compressed = log_probs.new_full(shape, -torch.inf)
     for out, rows, index, length in zip(compressed, log_probs, segments, lengths.tolist()):
-        out.index_reduce_(0, index[:length], rows[:length], "amax")
-    total = compressed.logsumexp(-1, keepdim=True)
-    return compressed.sub_(total.masked_fill_(total == -torch.inf, 0.0)), new_lengths
+        index = index[:length]
+        out.scatter_reduce_(0, index[:, None].expand(-1, out.size(1)), rows[:length], "amax")
+        # A segment of one frame sums to one as it is.
+        merged = torch.bincount(index, minlength=num_segments) > 1
+        out[merged] = out[merged].log_softmax(-1)
+    return compressed, new_lengths
 
 
 def keep_labels(

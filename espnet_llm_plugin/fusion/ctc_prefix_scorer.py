@@ -4,21 +4,26 @@ psi(h) is the probability that the label sequence of an utterance begins with h,
 of the alignments of h in the frames before t that may be followed by the label c in frame t
 [Watanabe et al. 2017, Algorithm 2]:
 
-    phi_t(h, c) = b_t(h) + [c is not the last label of h] n_t(h)     b, n: ending in blank, label
-    psi(h c) = sum_t phi_t(h, c) p_t(c),     psi(h <eos>) = n_T(h) + b_T(h)
+    phi_t(h, c) = a_t(h), or b_t(h) if c is the last label of h
+    a_t(h) = b_t(h) + n_t(h)                 b, n: ending in blank, in the last label
+    psi(h c) = sum_t phi_t(h, c) p_t(c),     psi(h <eos>) = a_T(h)
 
 ESPnet's scorer follows this label by label and frame by frame, (T, 2, N, V) numbers in a step.
-Here a step has two parts, and memory never exceeds T (N + K) and N K for each utterance:
+Here a step has two parts, and memory never exceeds N (T + K) numbers beside the (B, T, K) ones of
+the posteriors:
 
-* psi for all labels is one matrix product of phi (N, T) and p (T, K) for each utterance, corrected
-  where the last label is repeated;
-* n and b are followed only for the hypotheses that the search keeps. Both are linear recurrences
-  over the frames, solved by two cumulative sums.
+* psi for all labels is one matrix product of phi (N, T) and p (T, K) for each utterance, over the
+  frames in which phi is not zero to machine precision, and corrected where the last label is
+  repeated;
+* a is followed only for the hypotheses that the search keeps: n_{t+1} = (n_t + phi_t) p_t(c) and
+  a_{t+1} = a_t p_t(blank) + n_{t+1} are linear recurrences, and cumulative sums solve them.
 
 Dimensions: B utterances, T frames, V labels with blank and eos, K of them kept, N hypotheses,
-M hypotheses after an extension or labels of a hypothesis. Time t of n and b is before frame t.
+M hypotheses after an extension or labels of a hypothesis. Time t of a, b, n is before frame t.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -42,8 +47,7 @@ class CTCPrefixState:
     Attributes:
         utterances: (N,) utterance of each hypothesis.
         last: (N,) column of its last label, -1 for the empty hypothesis.
-        forward: (2, N, T+1) float64, log of n and b: alignments of the hypothesis before frame t
-            that end in its last label, and in blank.
+        forward: (N, T+1) float64, log a: alignments of the hypothesis in the frames before t.
         log_prefix: (N,) float64, log psi; -inf for an impossible hypothesis.
     """
 
@@ -58,7 +62,7 @@ class CTCPrefixState:
     def select(self, rows: Tensor) -> "CTCPrefixState":
         """Hypotheses ``rows`` (M,), in that order."""
         return CTCPrefixState(
-            self.utterances[rows], self.last[rows], self.forward[:, rows], self.log_prefix[rows]
+            self.utterances[rows], self.last[rows], self.forward[rows], self.log_prefix[rows]
         )
 
 
@@ -107,9 +111,9 @@ class CTCPrefixScorer:
             )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k {top_k}: must be at least 1 (or None to keep all labels)")
-        if compress_threshold is not None and not 0 < compress_threshold <= 1:
+        if compress_threshold is not None and not 0 <= compress_threshold <= 1:
             raise UserError(
-                f"compress_threshold {compress_threshold}: must be a probability in (0, 1] "
+                f"compress_threshold {compress_threshold}: must be a probability in [0, 1] "
                 "(or None to keep all frames)"
             )
         lengths = lengths.to(log_probs.device)
@@ -122,7 +126,6 @@ class CTCPrefixScorer:
             labels = torch.arange(num_labels, device=log_probs.device).expand(len(log_probs), -1)
         self.log_probs, self.lengths, self.labels = log_probs, lengths, labels
         self.num_labels, self.blank, self.eos = num_labels, blank, eos
-        self.frame_lengths = lengths.tolist()
         self.dtype = torch.promote_types(log_probs.dtype, torch.float32)
         everyone = torch.arange(len(lengths), device=lengths.device)
         self._blank_column, _ = self._find(torch.full_like(everyone, blank), everyone)
@@ -157,7 +160,7 @@ class CTCPrefixScorer:
         return CTCPrefixState(
             torch.arange(len(self.lengths), device=self.lengths.device),
             torch.full_like(self.lengths, -1),
-            torch.stack([torch.full_like(self._blanks, -torch.inf), self._blanks]),
+            self._blanks,
             self._blanks.new_zeros(len(self.lengths)),
         )
 
@@ -168,12 +171,11 @@ class CTCPrefixScorer:
         The columns of row n are ``labels[utterances[n]]``. Blank is -inf, and so is all after an
         impossible hypothesis.
         """
-        phi = self._phi(state.forward)
-        scores = self._products(state, phi)
+        scores = self._products(state)
         # Where the last label is repeated a blank must come between.
         rows = torch.arange(len(state), device=scores.device)
         follows = state.last.clamp(min=0)
-        repeated = self._cells(state, phi, rows, follows)
+        repeated = self._cells(state, rows, follows)
         scores[rows, follows] = torch.where(state.last < 0, scores[rows, follows], repeated)
         scores[rows, self._eos_column[state.utterances]] = self.end_log_probs(state)
         scores[rows, self._blank_column[state.utterances]] = -torch.inf
@@ -185,16 +187,15 @@ class CTCPrefixScorer:
         num_rows, width = labels.shape
         rows = torch.arange(num_rows, device=labels.device)[:, None].expand(-1, width)
         columns, kept = self._find(labels, state.utterances)
-        flat = self._cells(state, self._phi(state.forward), rows.flatten(), columns.flatten())
+        flat = self._cells(state, rows.flatten(), columns.flatten())
         scores = flat.view(num_rows, width).masked_fill(~kept | (labels == self.blank), -torch.inf)
         return torch.where(labels == self.eos, self.end_log_probs(state)[:, None], scores)
 
     @torch.no_grad()
     def end_log_probs(self, state: CTCPrefixState) -> Tensor:
         """(N,) log-probability of eos after each hypothesis."""
-        at = self.lengths[state.utterances][None, :, None].expand(2, -1, 1)
-        end = state.forward.gather(2, at).squeeze(2).logsumexp(0)
-        return self._conditional(end, state.log_prefix)
+        end = state.forward.gather(1, self.lengths[state.utterances][:, None])
+        return self._conditional(end.squeeze(1), state.log_prefix)
 
     @torch.no_grad()
     def extend(self, state: CTCPrefixState, parents: Tensor, labels: Tensor) -> CTCPrefixState:
@@ -205,20 +206,18 @@ class CTCPrefixScorer:
         utterances = state.utterances[parents]
         columns, kept = self._find(labels, utterances)
         kept = kept & (labels != self.blank) & (labels != self.eos)
-        # 1. Frames in which the new label may start.
-        n, b = state.forward[:, parents, :-1]
-        repeated = columns == state.last[parents]
-        phi = torch.where(repeated[:, None], b, torch.logaddexp(n, b))
-        # 2. n[t+1] = (n[t] + phi[t]) p_t(label), solved as a cumulative sum.
+        # 1. The new label starts in frame t.
+        phi = self._phi(state, parents, columns)
         log_probs = self._column_log_probs(utterances, columns)
         log_psi = (phi + log_probs).logsumexp(1)
-        path = torch.nn.functional.pad(log_probs.clamp_(min=_LOG_ZERO).cumsum(1), (1, 0))
-        forward = phi.new_full((2, len(labels), path.size(1)), -torch.inf)
-        torch.logcumsumexp(phi - path[:, :-1], 1, out=forward[0, :, 1:]).add_(path[:, 1:])
-        # 3. b[t+1] = (b[t] + n[t]) p_t(blank).
-        blanks = self._blanks[utterances]
-        torch.logcumsumexp(forward[0, :, :-1] - blanks[:, :-1], 1, out=forward[1, :, 1:])
-        forward[1, :, 1:].add_(blanks[:, 1:])
+        # 2. n[t+1] = (n[t] + phi[t]) p_t(label).
+        path = log_probs.clamp_(min=_LOG_ZERO).cumsum(1)
+        phi[:, 1:] -= path[:, :-1]
+        n = torch.logcumsumexp(phi, 1).add_(path)
+        # 3. a[t+1] = a[t] p_t(blank) + n[t+1].
+        blanks = self._blanks[utterances, 1:]
+        forward = phi.new_full((len(labels), n.size(1) + 1), -torch.inf)
+        torch.logcumsumexp(n.sub_(blanks), 1, out=forward[:, 1:]).add_(blanks)
         impossible = ~(kept & (log_psi > _LOG_ZERO / 2))
         forward.masked_fill_(impossible[:, None], -torch.inf)
         log_psi.masked_fill_(impossible, -torch.inf)
@@ -237,9 +236,16 @@ class CTCPrefixScorer:
         kept = table.gather(1, columns) == wanted
         return columns.view(labels.shape), kept.view(labels.shape)
 
-    def _phi(self, forward: Tensor) -> Tensor:
-        """(N, T) log of all alignments before each frame."""
-        return torch.logaddexp(forward[0, :, :-1], forward[1, :, :-1])
+    def _phi(self, state: CTCPrefixState, rows: Tensor, columns: Tensor) -> Tensor:
+        """(M, T) log phi of hypotheses ``rows`` and one column each; a new tensor."""
+        phi = state.forward[rows, :-1]
+        again = (columns == state.last[rows]).nonzero().squeeze(1)
+        if len(again):
+            # A blank must come between: b[t+1] = a[t] p_t(blank).
+            blanks = self._blanks[state.utterances[rows[again]], :-1].diff(dim=1)
+            phi[again, 1:] = phi[again, :-1] + blanks
+            phi[again, 0] = -torch.inf
+        return phi
 
     def _column_log_probs(self, utterances: Tensor, columns: Tensor) -> Tensor:
         """(N, T) float64 log p_t of one column for each hypothesis, -inf beyond the utterance."""
@@ -251,18 +257,18 @@ class CTCPrefixScorer:
         impossible = (log_psi < _LOG_ZERO / 2) | (log_prefix == -torch.inf)
         return (log_psi - log_prefix).masked_fill_(impossible, -torch.inf).to(self.dtype)
 
-    def _products(self, state: CTCPrefixState, phi: Tensor) -> Tensor:
+    def _products(self, state: CTCPrefixState) -> Tensor:
         """(N, K) log-probability of each label as if none were a repetition, by matrix products."""
-        weights = phi + self._peak[state.utterances]
+        weights = state.forward[:, :-1] + self._peak[state.utterances]
         largest = weights.amax(1, keepdim=True)
         alive = largest > -torch.inf
-        weights = (weights - largest.masked_fill(~alive, 0.0)).exp_().to(self.dtype)
+        weights = weights.sub_(largest.masked_fill(~alive, 0.0)).to(self.dtype).exp_()
         # 1. One product for each utterance: hypotheses of an utterance need not be neighbours.
         total = weights.new_empty((len(state), self.labels.size(1)))
         with exact_float32(total.device.type):
-            for utterance, rows in _runs(state.utterances.tolist()):
-                frames = slice(0, self.frame_lengths[utterance])
-                torch.mm(weights[rows, frames], self._relative[utterance, frames], out=total[rows])
+            for rows, utterance, frames in _blocks(state.utterances, weights > 0):
+                relative = self._relative[utterance, frames]
+                torch.mm(weights[rows, frames], relative, out=total[rows])
         # 2. Sums that may have lost terms, one by one. One this large has lost nothing to
         # underflow that rounding would have kept.
         finfo = torch.finfo(self.dtype)
@@ -272,28 +278,19 @@ class CTCPrefixScorer:
         scores = total.log_().add_(scale.to(self.dtype))
         rows, columns = lost.nonzero(as_tuple=True)
         if len(rows):
-            scores[rows, columns] = self._cells(state, phi, rows, columns, repetitions=False)
+            scores[rows, columns] = self._cells(state, rows, columns, repetitions=False)
         return scores
 
     def _cells(
-        self,
-        state: CTCPrefixState,
-        phi: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        repetitions: bool = True,
+        self, state: CTCPrefixState, rows: Tensor, columns: Tensor, repetitions: bool = True
     ) -> Tensor:
         """(M,) log-probability of single columns after hypotheses ``rows``, summed directly."""
         parts = []
-        step = max(1, _ENTRIES // max(1, phi.size(1)))
+        step = max(1, _ENTRIES // self.log_probs.size(1))
         for row, column in zip(rows.split(step), columns.split(step)):
-            before = phi[row]
-            if repetitions:
-                again = (column == state.last[row])[:, None]
-                before = torch.where(again, state.forward[1, row, :-1], before)
-            chosen = self._column_log_probs(state.utterances[row], column)
-            log_psi = chosen.add_(before).logsumexp(1)
-            parts.append(self._conditional(log_psi, state.log_prefix[row]))
+            phi = self._phi(state, row, column) if repetitions else state.forward[row, :-1]
+            log_probs = self._column_log_probs(state.utterances[row], column)
+            parts.append(self._conditional(log_probs.add_(phi).logsumexp(1), state.log_prefix[row]))
         return torch.cat(parts)
 
 
@@ -327,12 +324,19 @@ def ctc_prefix_score(
     return torch.stack(scores, 1)
 
 
-def _runs(utterances: list[int]) -> list[tuple[int, slice]]:
-    """Neighbouring hypotheses of one utterance: the utterance, and their rows."""
-    runs = []
-    start = 0
-    for row in range(1, len(utterances) + 1):
-        if row == len(utterances) or utterances[row] != utterances[start]:
-            runs.append((utterances[start], slice(start, row)))
-            start = row
-    return runs
+def _blocks(utterances: Tensor, active: Tensor) -> Iterator[tuple[slice, int, slice]]:
+    """Neighbouring hypotheses of one utterance: rows, utterance, and frames that count for any.
+
+    Args:
+        utterances: (N,) utterance of each hypothesis.
+        active: (N, T) whether a frame counts for a hypothesis.
+    """
+    first = active.int().argmax(1)
+    end = active.size(1) - active.flip(1).int().argmax(1)
+    table = torch.stack([utterances, first, end], 1).tolist()
+    row = 0
+    for utterance, block in itertools.groupby(table, key=lambda entry: entry[0]):
+        block = list(block)
+        frames = slice(min(entry[1] for entry in block), max(entry[2] for entry in block))
+        yield slice(row, row + len(block)), utterance, frames
+        row += len(block)
