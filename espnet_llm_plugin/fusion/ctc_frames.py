@@ -37,7 +37,7 @@ def compress_frames(log_probs: Tensor, lengths: Tensor, threshold: float) -> tup
         out.scatter_reduce_(0, index[:, None].expand(-1, out.size(1)), rows[:length], "amax")
         # A segment of one frame sums to one as it is.
         merged = torch.bincount(index, minlength=num_segments) > 1
-        out[merged] = out[merged].log_softmax(-1)
+        out[merged] = normalize(out[merged])
     return compressed, new_lengths
 
 
@@ -66,4 +66,10 @@ def keep_labels(
     peaks[:, list(always)] = torch.inf
     labels = peaks.topk(top_k + len(always), dim=1).indices.sort(1).values
     index = labels[:, None].expand(-1, log_probs.size(1), -1)
-    return log_probs.gather(2, index).log_softmax(-1), labels
+    return normalize(log_probs.gather(2, index)), labels
+
+
+def normalize(log_probs: Tensor) -> Tensor:
+    """Make rows sum to one, in place; rows of nothing but -inf stay as they are."""
+    total = log_probs.logsumexp(-1, keepdim=True)
+    return log_probs.sub_(total.masked_fill_(total == -torch.inf, 0.0))

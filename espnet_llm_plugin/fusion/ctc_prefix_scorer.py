@@ -141,7 +141,8 @@ class CTCPrefixScorer:
         is_blank = self._blank_column[:, None, None]
         relative = self.log_probs.to(self.dtype, copy=True)
         relative.scatter_(2, is_blank.expand(-1, num_frames, 1), -torch.inf)
-        relative.masked_fill_(self._outside[:, :, None], -torch.inf)
+        for row, length in zip(relative, self.lengths.tolist()):
+            row[length:] = -torch.inf
         self._peak = relative.amax(2)  # (B, T)
         shift = self._peak.masked_fill(self._peak == -torch.inf, 0.0)
         # Labels that no frame allows need not be looked at again.
@@ -272,11 +273,12 @@ class CTCPrefixScorer:
         # 2. Sums that may have lost terms, one by one. One this large has lost nothing to
         # underflow that rounding would have kept.
         finfo = torch.finfo(self.dtype)
-        lost = total < self.log_probs.size(1) * finfo.tiny / finfo.eps
-        lost &= alive & self._possible[state.utterances]
+        floor = self.log_probs.size(1) * finfo.tiny / finfo.eps
+        rows, columns = (total < torch.where(alive, floor, 0.0)).nonzero(as_tuple=True)
+        lost = self._possible[state.utterances[rows], columns]
+        rows, columns = rows[lost], columns[lost]
         scale = (largest - state.log_prefix[:, None]).masked_fill_(~alive, -torch.inf)
         scores = total.log_().add_(scale.to(self.dtype))
-        rows, columns = lost.nonzero(as_tuple=True)
         if len(rows):
             scores[rows, columns] = self._cells(state, rows, columns, repetitions=False)
         return scores

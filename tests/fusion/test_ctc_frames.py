@@ -81,6 +81,20 @@ def test_kept_labels_by_the_book(top_k):
     assert {2, 9} <= set(labels[2].tolist())
 
 
+def test_a_frame_without_any_kept_label_is_impossible():
+    log_probs = torch.full((1, 3, 6), -torch.inf)
+    log_probs[0, [0, 2], 1] = 0.0
+    log_probs[0, 1, [3, 4]] = torch.tensor([0.6, 0.4]).log()
+    kept, labels = keep_labels(log_probs, torch.tensor([3]), 1, (0, 5))
+    assert labels.tolist() == [[0, 1, 5]]
+    assert kept[0, :, 1].tolist() == [0.0, -float("inf"), 0.0]
+    scorer = CTCPrefixScorer(log_probs, torch.tensor([3]), top_k=1)
+    scores = scorer.next_log_probs(scorer.initial_state())
+    assert not scores.isnan().any()
+    state = scorer.extend(scorer.initial_state(), torch.tensor([0]), torch.tensor([1]))
+    assert scorer.end_log_probs(state).item() == -float("inf")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_both_reductions_equal_the_scorer_of_reduced_posteriors(dtype):
     """Compression first, then top-k, then the unreduced scorer on what is left."""
