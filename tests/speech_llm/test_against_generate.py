@@ -1,0 +1,99 @@
+"""The label-synchronous search against transformers' ``generate`` on the same model and audio."""
+
+import pytest
+import torch
+
+from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
+from espnet_llm_plugin.speech_llm.search import LabelSearch
+from tests.llm.tiny import tiny_model
+
+BOS, EOS = 1, 2
+LONGEST = 14
+
+
+class Recomputed:
+    """A ``TokenScorer`` that runs a LLM over the audio and the whole prefix every time."""
+
+    def __init__(self, model, prefixes):
+        self.model, self.prefixes = model, prefixes
+        self.rows = [(utterance, []) for utterance in range(len(prefixes))]
+
+    def step(self, tokens, parents):
+        self.rows = [
+            (self.rows[parent][0], [*self.rows[parent][1], token])
+            for parent, token in zip(parents.tolist(), tokens.tolist())
+        ]
+        out = []
+        for utterance, ids in self.rows:
+            text = self.model.get_input_embeddings()(torch.tensor(ids))
+            embeddings = torch.cat([self.prefixes[utterance], text])[None]
+            out.append(self.model(inputs_embeds=embeddings).logits[0, -1].float().log_softmax(-1))
+        return torch.stack(out)
+
+
+def generate(model, prefix, beam, length_norm, longest):
+    """Token sequences and scores, best first, of one utterance (P, D)."""
+    bos = model.get_input_embeddings()(torch.tensor([BOS]))
+    embeddings = torch.cat([prefix, bos])[None]
+    found = model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+        do_sample=False,
+        num_beams=beam,
+        num_return_sequences=beam,
+        length_penalty=length_norm,
+        max_new_tokens=longest,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    sequences = []
+    for row in found.sequences.tolist():
+        end = row.index(EOS) if EOS in row else longest
+        sequences.append(tuple(row[:end]))
+    scores = found.sequences_scores.tolist() if beam > 1 else None
+    return sequences, scores
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+def case(request):
+    model = tiny_model(request.param, vocab_size=17, seed=4)
+    generator = torch.Generator().manual_seed(1)
+    lengths = (3, 5, 2, 4)
+    audio = [torch.randn(length, 16, generator=generator) for length in lengths]
+    return model, audio
+
+
+def ours(case, beam, length_norm=0.0, longest=LONGEST, scorer=Recomputed):
+    model, audio = case
+    search = LabelSearch(
+        sos=BOS,
+        eos=EOS,
+        vocab_size=17,
+        beam_size=beam,
+        nbest=beam,
+        weights=SearchWeights(length_norm=length_norm),
+        end_detection="generate",
+    )
+    return search({"decoder": scorer(model, audio)}, [longest] * len(audio))
+
+
+def test_greedy_is_that_of_generate_token_by_token(case):
+    sequences = []
+    for hyps, prefix in zip(ours(case, 1), case[1]):
+        (expected,), _ = generate(case[0], prefix, 1, 0.0, LONGEST)
+        assert hyps[0].tokens == expected
+        sequences.append(expected)
+    assert len(set(sequences)) > 1
+
+
+@pytest.mark.parametrize("longest", [4, LONGEST])
+@pytest.mark.parametrize("length_norm", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("beam", [2, 4])
+def test_beam_is_that_of_generate(case, beam, length_norm, longest):
+    lists = ours(case, beam, length_norm, longest)
+    for hyps, prefix in zip(lists, case[1]):
+        sequences, scores = generate(case[0], prefix, beam, length_norm, longest)
+        assert [hyp.tokens for hyp in hyps] == sequences
+        assert [hyp.ranking for hyp in hyps] == pytest.approx(scores, abs=1e-5)
