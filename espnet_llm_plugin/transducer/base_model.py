@@ -15,32 +15,17 @@ from torch import Tensor
 
 from espnet_llm_plugin.encoder.latency import log_latency
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.model_parts import (
+    NO_WEIGHT,
+    TASK_ARGUMENTS,
+    SkipLog,
+    refuse_incomplete,
+    zero_loss,
+)
 from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.token_list import BLANK, SOS_EOS
 from espnet_llm_plugin.transducer.mwer import MWER
 from espnet_llm_plugin.transducer.nbest_scores import NBest, SequenceScores
-
-# what ASRTask.build_model passes itself
-_PARTS = (
-    "self",
-    "vocab_size",
-    "token_list",
-    "frontend",
-    "specaug",
-    "normalize",
-    "preencoder",
-    "encoder",
-    "postencoder",
-    "decoder",
-    "ctc",
-    "joint_network",
-)
-
-
-# Of a batch of which nothing is left. ESPnet's distributed training divides losses and statistics
-# by the sum of the weights over all processes: zero would make them NaN if no process had a usable
-# utterance, and one would pull the means of an epoch (and the choice of the best) towards zero.
-_NO_WEIGHT = 1e-20
 
 
 class Lattice(NamedTuple):
@@ -71,8 +56,8 @@ class AbsTransducerModel(ESPnetASRModel):
         mwer_weight: float,
         mwer_conf: Optional[Mapping[str, Any]],
     ):
-        unknown = {key: value for key, value in parts.items() if key not in _PARTS}
-        refuse_unknown(f"model_conf of {name!r}", unknown, type(self).__init__, _PARTS)
+        unknown = {key: value for key, value in parts.items() if key not in TASK_ARGUMENTS}
+        refuse_unknown(f"model_conf of {name!r}", unknown, type(self).__init__, TASK_ARGUMENTS)
         check_layout(token_list, vocab_size)
         if ctc_weight < 0:
             raise UserError(f"model_conf: ctc_weight must not be negative, got {ctc_weight}")
@@ -102,7 +87,7 @@ class AbsTransducerModel(ESPnetASRModel):
         self.mwer_weight = mwer_weight
         self.mwer = mwer
         self.further_losses = ["ctc"] if ctc_weight else []
-        self._reported_skips: set[str] = set()
+        self._skips = SkipLog()
         self._reported_size = False
 
     @abstractmethod
@@ -148,15 +133,13 @@ class AbsTransducerModel(ESPnetASRModel):
         with_nbest = self.mwer_weight > 0 if self.training else self.mwer.conf.valid_stats
         skipped = float(keep.numel() - kept)
         if kept == 0:
-            # zero, with a gradient for every parameter: distributed training expects one of each
-            zero = sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad)
-            loss = encoder_out.sum() * 0.0 + zero
+            loss = encoder_out.sum() * 0.0 + zero_loss(self)
             # the same statistics in the same order: distributed training sums them over processes
             names = ["loss_transducer", "nll_per_label", "num_skipped"]
             names += ["loss_mwer", *MWER.STATS] if with_nbest else []
             names += [f"loss_{name}" for name in self.further_losses]
             stats = dict.fromkeys([*names, "loss"], 0.0) | {"num_skipped": skipped}
-            return force_gatherable((loss, stats, _NO_WEIGHT), loss.device)
+            return force_gatherable((loss, stats, NO_WEIGHT), loss.device)
 
         batch = trim(encoder_out, frame_lengths, text, text_lengths, keep)
         if with_nbest:
@@ -225,13 +208,12 @@ class AbsTransducerModel(ESPnetASRModel):
         fits = (frame_lengths > 0) & (text_lengths <= self.max_labels_per_frame * frame_lengths)
         for i in (~fits).nonzero()[:, 0].tolist():
             name = utt_ids[i] if utt_ids is not None else "(unnamed utterance)"
-            if name not in self._reported_skips:
-                self._reported_skips.add(name)
-                logging.warning(
-                    f"skipped {name}: {int(text_lengths[i])} labels but only "
-                    f"{int(frame_lengths[i])} encoder frames (model_conf max_labels_per_frame: "
-                    f"{self.max_labels_per_frame}); is its transcript right?"
-                )
+            self._skips.warn(
+                name,
+                f"{int(text_lengths[i])} labels but only {int(frame_lengths[i])} encoder frames "
+                f"(model_conf max_labels_per_frame: {self.max_labels_per_frame}); is its "
+                "transcript right?",
+            )
         return fits
 
     def _report_size(self, what: str, shape: Sequence[int], bytes_per_value: int) -> None:
@@ -247,37 +229,15 @@ class AbsTransducerModel(ESPnetASRModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any):
         """Load a checkpoint, refusing an incomplete or foreign one even if ``strict`` is False.
 
-        ESPnet's inference loads with ``strict=False``, which leaves tensors that the checkpoint
-        lacks at their random initial values.
-
         Raises:
             UserError: tensors are missing or have another shape, or the checkpoint was trained
                 with another LLM.
         """
-        own = self.state_dict()
-        missing = [key for key in own if key not in state_dict]
-        if missing:
-            raise UserError(
-                f"the checkpoint lacks {len(missing)} of the model's {len(own)} tensors: "
-                f"{_some(missing)}. Is it of another model or predictor than the configuration's? "
-                "(to start training from parts of a checkpoint use --init_param)"
-            )
-        wrong = [
-            f"{key} (checkpoint {tuple(state_dict[key].shape)}, model {tuple(own[key].shape)})"
-            for key in own
-            if state_dict[key].shape != own[key].shape
-        ]
-        if wrong:
-            raise UserError(
-                f"{len(wrong)} of the checkpoint's tensors have another shape than the model's: "
-                f"{_some(wrong)}. Are configuration and token list ({self.vocab_size} tokens) "
-                "those of the checkpoint?"
-            )
+        hint = (
+            f"Are configuration and token list ({self.vocab_size} tokens) those of the checkpoint?"
+        )
+        refuse_incomplete(self, state_dict, hint)
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
-
-
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def check_layout(token_list: Sequence[str], vocab_size: int) -> None:
