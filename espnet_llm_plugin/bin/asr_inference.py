@@ -1,4 +1,4 @@
-"""Decode speech with a transducer, a factorized transducer or a CTC model.
+"""Decode speech with a transducer, a factorized transducer, a speech LLM or a CTC model.
 
 The options are those of espnet2.bin.asr_inference and some more, the output directory is the same:
 OUTPUT_DIR/1best_recog/{text,token,token_int,score}. Besides, nbest.jsonl has every hypothesis with
@@ -16,6 +16,7 @@ from espnet_llm_plugin.inference.options import (
     espnet_parser,
     parse_with_configs,
 )
+from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.description = __doc__
     add_model_options(parser)
     add_search_options(parser)
+    add_speech_llm_options(parser)
     return parser
 
 

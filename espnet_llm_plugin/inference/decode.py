@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import time
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Union
 
 import torch
 from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
@@ -26,9 +26,16 @@ from espnet_llm_plugin.inference.options import (
     refuse_unsupported,
 )
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
+from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer, default_ctc_weight
+from espnet_llm_plugin.inference.speech_llm_options import (
+    add_speech_llm_options,
+    speech_llm_options,
+)
 from espnet_llm_plugin.inference.streaming import set_chunk_ms
 from espnet_llm_plugin.inference.utterances import Utterances
 from espnet_llm_plugin.inference.writer import ResultWriter
+
+AnyRecognizer = Union[Recognizer, SpeechLLMRecognizer]
 
 
 def decode_with_espnet(args: argparse.Namespace) -> None:
@@ -40,6 +47,7 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     ours = argparse.ArgumentParser()
     add_model_options(ours)
     add_search_options(ours)
+    add_speech_llm_options(ours)
     changed = [name for name in changed_options(args, ours) if name != "search"]
     if changed:
         raise UserError(
@@ -61,7 +69,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     refuse_unsupported(args)
     recognizer = build_recognizer(args)
     asr = recognizer.asr
-    refuse_unsupported(args, asr.is_ctc)
+    refuse_unsupported(args, asr.is_ctc, is_speech_llm=asr.is_speech_llm)
     data = Utterances(
         args.data_path_and_name_and_type,
         asr.train_args,
@@ -85,7 +93,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def build_recognizer(args: argparse.Namespace) -> Recognizer:
+def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
     """The models and the search that the options of a decoding command ask for.
 
     Raises:
@@ -114,6 +122,11 @@ def build_recognizer(args: argparse.Namespace) -> Recognizer:
             device=device,
             dtype=args.dtype,
         )
+    if asr.is_speech_llm:
+        is_default = "ctc_weight" not in changed_options(args, espnet_parser())
+        args.ctc_weight = default_ctc_weight(asr, args.ctc_weight, is_default)
+        options = speech_llm_options(args, bonus_of(args), has_lm=lm is not None)
+        return SpeechLLMRecognizer(asr, lm, options)
     return Recognizer(
         asr,
         lm,
@@ -134,7 +147,7 @@ def build_recognizer(args: argparse.Namespace) -> Recognizer:
 
 
 def decode_all(
-    recognizer: Recognizer,
+    recognizer: AnyRecognizer,
     data: Utterances,
     writer: ResultWriter,
     num_workers: int = 0,
@@ -184,7 +197,7 @@ def decode_all(
 FAILURES = (UtteranceError, RuntimeError, TooShortUttError)
 
 
-def attempt(recognizer: Recognizer, utterance: Utterance) -> tuple[list, str, dict[str, float]]:
+def attempt(recognizer: AnyRecognizer, utterance: Utterance) -> tuple[list, str, dict[str, float]]:
     """N-best, reason of a failure, and times of one utterance."""
     try:
         return timed(recognizer, [utterance])[0]
@@ -195,7 +208,7 @@ def attempt(recognizer: Recognizer, utterance: Utterance) -> tuple[list, str, di
 
 
 def timed(
-    recognizer: Recognizer, batch: Sequence[Utterance]
+    recognizer: AnyRecognizer, batch: Sequence[Utterance]
 ) -> list[tuple[list, str, dict[str, float]]]:
     """N-best and times (seconds; the batch's, shared by length) of each utterance."""
     rate = recognizer.asr.sample_rate

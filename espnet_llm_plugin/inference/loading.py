@@ -56,8 +56,9 @@ class LoadedASR:
         model: In evaluation mode.
         train_args: Its training configuration.
         text: Converter of token ids.
-        is_ctc: CTC-only ESPnet model; otherwise a transducer of this package.
+        is_ctc: CTC-only ESPnet model; otherwise a transducer or speech LLM of this package.
         sample_rate: Hz, or None where the input is no waveform.
+        is_speech_llm: A speech LLM of this package.
     """
 
     model: torch.nn.Module
@@ -65,6 +66,7 @@ class LoadedASR:
     text: TextConverter
     is_ctc: bool
     sample_rate: Optional[int]
+    is_speech_llm: bool = False
 
 
 def load_asr(
@@ -103,13 +105,15 @@ def load_asr(
     from espnet_llm_plugin.transducer.swap import swap_predictor
 
     model, train_args = _build(ASRTask, "asr", config, model_file, device)
-    is_ctc = not isinstance(model, AbsTransducerModel)
+    is_speech_llm = type(model).__name__ == "SpeechLLMModel"
+    is_ctc = not isinstance(model, AbsTransducerModel) and not is_speech_llm
     if is_ctc:
         if not isinstance(model, ESPnetASRModel) or model.ctc is None or model.ctc_weight != 1.0:
             raise UserError(
                 f"{config} describes a {type(model).__name__} with an attention or transducer "
-                "decoder of ESPnet. This command decodes transducer, factorized_transducer and "
-                "CTC-only (ctc_weight: 1.0) models; use `--search espnet` for this one"
+                "decoder of ESPnet. This command decodes transducer, factorized_transducer, "
+                "speech_llm and CTC-only (ctc_weight: 1.0) models; use `--search espnet` for this "
+                "one"
             )
         _check_complete(model, model_file)
     if predictor is not None:
@@ -126,6 +130,7 @@ def load_asr(
         ),
         is_ctc=is_ctc,
         sample_rate=_sample_rate(train_args),
+        is_speech_llm=is_speech_llm,
     )
 
 

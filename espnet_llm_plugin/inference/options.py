@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import yaml
 
@@ -10,14 +10,13 @@ from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.endpoint import EndpointRule, endpoint_rules
 from espnet_llm_plugin.inference.loading import read_train_config
+from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 _ESPNET = "espnet2.bin.asr_inference"
 _ESPNET_STREAMING = "espnet2.bin.asr_inference_streaming"
 
 # ESPnet's options that our search cannot honour, with what to do instead.
 _UNSUPPORTED = {
-    "maxlenratio": "a time-synchronous search has no output length limit",
-    "minlenratio": "a time-synchronous search has no output length limit",
     "time_sync": "the search is time-synchronous as it is",
     "ngram_file": "n-gram LMs are not supported",
     "ngram_weight": "n-gram LMs are not supported",
@@ -48,6 +47,13 @@ _UNSUPPORTED = {
     "encoder output, and left_context limits the encoder's",
     "decoder_text_length_limit": "it belongs to ESPnet's block-synchronous search; an LLM's full "
     "context is cut by itself",
+}
+
+
+# Those that a time-synchronous search (transducers, CTC) has no use for.
+_LABEL_SYNCHRONOUS = {
+    "maxlenratio": "a time-synchronous search has no output length limit",
+    "minlenratio": "a time-synchronous search has no output length limit",
 }
 
 
@@ -252,7 +258,10 @@ def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 
 def refuse_unsupported(
-    args: argparse.Namespace, is_ctc: Optional[bool] = None, streaming: bool = False
+    args: argparse.Namespace,
+    is_ctc: Optional[bool] = None,
+    streaming: bool = False,
+    is_speech_llm: bool = False,
 ) -> None:
     """Refuse options of ESPnet without a meaning here, rather than ignore them.
 
@@ -260,15 +269,19 @@ def refuse_unsupported(
         args: Parsed options.
         is_ctc: Whether the model is CTC-only; None if not known yet.
         streaming: Whether they are those of ``asr_inference_streaming``.
+        is_speech_llm: Whether the model is a speech LLM.
 
     Raises:
         UserError: Names the option, why, and what to do.
     """
     changed = changed_options(args, espnet_streaming_parser() if streaming else espnet_parser())
+    unsupported = dict(_UNSUPPORTED)
+    if streaming or (is_ctc is not None and not is_speech_llm):
+        unsupported.update(_LABEL_SYNCHRONOUS)
     for name in changed:
-        if name in _UNSUPPORTED:
+        if name in unsupported:
             advice = "leave it out" if streaming else "leave it out, or use `--search espnet`"
-            raise UserError(f"--{name} {getattr(args, name)}: {_UNSUPPORTED[name]} ({advice})")
+            raise UserError(f"--{name} {getattr(args, name)}: {unsupported[name]} ({advice})")
     if streaming and args.batch_size > 1:
         raise UserError(f"--batch_size {args.batch_size}: streams are decoded one by one; use 1")
     if streaming and args.sim_chunk_length < 0:
@@ -281,12 +294,39 @@ def refuse_unsupported(
         raise UserError("--dtype float16 is not supported: use float32")
     if args.lm_file and not args.lm_train_config:
         raise UserError("--lm_file needs --lm_train_config")
+    if is_speech_llm:
+        _refuse_changed(
+            args,
+            (add_model_options, add_search_options),
+            "it belongs to the search of transducers, and this model is a speech_llm",
+            allowed=("search", "label_bonus", "chunk_ms"),
+        )
+        return
+    if is_ctc is not None and not streaming:
+        _refuse_changed(
+            args, (add_speech_llm_options,), "it belongs to the search of a speech_llm model"
+        )
     if is_ctc is False and "ctc_weight" in changed:
         raise UserError(
             f"--ctc_weight {args.ctc_weight}: a transducer's search has no CTC score; leave it out"
         )
     if is_ctc and "ctc_weight" in changed and args.ctc_weight != 1.0:
         raise UserError(f"--ctc_weight {args.ctc_weight}: the weight of a CTC-only model is 1")
+
+
+def _refuse_changed(
+    args: argparse.Namespace,
+    groups: Sequence[Callable[[argparse.ArgumentParser], None]],
+    why: str,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Refuse the options of some groups that have another value than the default."""
+    parser = argparse.ArgumentParser()
+    for add in groups:
+        add(parser)
+    for name in changed_options(args, parser):
+        if name not in allowed:
+            raise UserError(f"--{name} {getattr(args, name)}: {why} (leave it out)")
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -335,7 +375,7 @@ def identity(args: argparse.Namespace, files: Sequence[Optional[str]]) -> dict[s
 
 
 def llms_of(args: argparse.Namespace) -> list[str]:
-    """LLMs that the models read from directories of their own: the predictor's, the LM's."""
+    """LLMs that the models read from their own directories: predictor, speech LLM, LM."""
 
     def part(path: Optional[str], *keys: str) -> Any:
         found = read_train_config(path) if path and Path(path).is_file() else {}
@@ -347,5 +387,6 @@ def llms_of(args: argparse.Namespace) -> list[str]:
         predictor = part(args.asr_train_config, "decoder_conf", "predictor_conf")
     else:
         predictor = args.predictor_conf
+    speech_llm = part(args.asr_train_config, "decoder_conf")
     lm = part(args.lm_train_config, "lm_conf")
-    return [conf["llm"] for conf in (predictor, lm) if conf.get("llm")]
+    return [conf["llm"] for conf in (predictor, speech_llm, lm) if conf.get("llm")]

@@ -145,13 +145,7 @@ def _entry(recognition: Recognition) -> dict[str, Any]:
         "token": " ".join(recognition.tokens),
         "token_int": " ".join(map(str, recognition.token_ids)),
         "score": str(hypothesis.total),
-        "total": hypothesis.total,
-        "acoustic": hypothesis.acoustic,
-        "lm": hypothesis.lm,
-        "external_lm": hypothesis.external_lm,
-        "bonus": hypothesis.bonus,
-        "blank": hypothesis.blank,
-        "frames": list(hypothesis.frames),
+        **hypothesis.parts(),
     }
 
 

@@ -55,6 +55,18 @@ class Hypothesis:
     frames: tuple[int, ...]
     blank: Optional[float] = None
 
+    def parts(self) -> dict[str, object]:
+        """The scores as ``nbest.jsonl`` has them."""
+        return {
+            "total": self.total,
+            "acoustic": self.acoustic,
+            "lm": self.lm,
+            "external_lm": self.external_lm,
+            "bonus": self.bonus,
+            "blank": self.blank,
+            "frames": list(self.frames),
+        }
+
     @property
     def normalized(self) -> float:
         """Total per symbol; the end counts as one, as in ESPnet's transducer search."""

@@ -441,6 +441,15 @@ def test_predictor_scales_of_a_model_without_predictor_lm_are_refused(run, optio
             run(kind, option, "0.3")
 
 
+@pytest.mark.parametrize("kind", ["transducer", "ctc"])
+@pytest.mark.parametrize(
+    "option", ["--textlm_weight 0.1", "--length_norm 1.0", "--ctc_top_k 5", "--long_form ctc"]
+)
+def test_options_of_speech_llms_are_refused(run, kind, option):
+    with pytest.raises(UserError, match=f"{option}: it belongs to the search of a speech_llm"):
+        run(kind, *option.split())
+
+
 def test_ctc_weight_of_a_ctc_model_may_be_one_only(run):
     run("ctc", "--beam_size", "1", "--ctc_weight", "1.0")
     with pytest.raises(UserError, match="--ctc_weight"):

@@ -43,23 +43,6 @@ def test_search_with_the_scorer_equals_that_with_sums_over_paths(weights, beam):
             assert one.scores["ctc"] == pytest.approx(other.scores["ctc"], abs=1e-4)
 
 
-def test_labels_shifted_by_the_blank():
-    """A CTC head over an LLM's own tokens has the blank before them."""
-    frames = posteriors(4, seed=3)
-    plain = decode(JointCTC(*padded(frames), vocab_size=V, eos=V - 1), 4)
-    # token i at label i + 1: a first column, which no frame allows, for the token 0
-    shifted = [
-        torch.cat([one[:, :1], one.new_full((len(one), 1), -torch.inf), one[:, 1:]], 1)
-        for one in frames
-    ]
-    for top_k in (None, 3):
-        ctc = JointCTC(*padded(shifted), vocab_size=V, eos=V - 1, shift=-1, top_k=top_k)
-        assert (ctc.candidates is None) == (top_k is None)
-        for a, b in zip(plain, decode(ctc, 4)):
-            assert [hyp.tokens for hyp in a] == [hyp.tokens for hyp in b]
-            assert a[0].total == pytest.approx(b[0].total, abs=1e-4)
-
-
 def test_top_k_labels_bound_the_search():
     frames = posteriors(5, seed=5)
     ctc = JointCTC(*padded(frames), vocab_size=V, eos=V - 1, top_k=2)

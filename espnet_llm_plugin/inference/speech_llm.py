@@ -1,0 +1,275 @@
+"""Speech to text with a speech LLM: encoder, segments of long audio, batched search, text.
+
+B utterances, S segments (B if none is cut), T frames, D encoder size, V tokens.
+"""
+
+import logging
+from typing import NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from espnet.nets.scorer_interface import BatchScorerInterface
+from torch.nn.utils.rnn import pad_sequence
+
+from espnet_llm_plugin.errors import UserError, UtteranceError
+from espnet_llm_plugin.inference.loading import LoadedASR
+from espnet_llm_plugin.inference.recognizer import Recognition, Samples, encode
+from espnet_llm_plugin.inference.speech_llm_options import SpeechLLMOptions
+from espnet_llm_plugin.speech_llm.auxiliary import TokenVocabulary
+from espnet_llm_plugin.speech_llm.guards import length_limits
+from espnet_llm_plugin.speech_llm.hypothesis import (
+    CTC,
+    DECODER,
+    LM,
+    TEXT_LM,
+    LabelHypothesis,
+    SearchWeights,
+)
+from espnet_llm_plugin.speech_llm.joint_ctc import JointCTC
+from espnet_llm_plugin.speech_llm.long_form import Segment, joined, stitch
+from espnet_llm_plugin.speech_llm.scorers import ESPnetLM, LLMScorer
+from espnet_llm_plugin.speech_llm.search import LabelSearch
+from espnet_llm_plugin.speech_llm.units import NativeUnits
+
+
+class Segments(NamedTuple):
+    """The segments of a batch.
+
+    Attributes:
+        lengths: Frames (S,).
+        seconds: Durations; None where the input is no waveform (S).
+        utterances: Utterance of each segment, ascending (S).
+    """
+
+    lengths: torch.Tensor
+    seconds: list[Optional[float]]
+    utterances: list[int]
+
+
+class SpeechLLMRecognizer:
+    """A speech LLM with a search.
+
+    Args:
+        asr: From :func:`~espnet_llm_plugin.inference.loading.load_asr`.
+        lm: External LM, from :func:`~espnet_llm_plugin.inference.loading.load_lm`.
+        options: Of the search.
+
+    Attributes:
+        scales: The weights of the search.
+
+    Raises:
+        UserError: An option that this model cannot honour.
+    """
+
+    def __init__(
+        self,
+        asr: LoadedASR,
+        lm: Optional[BatchScorerInterface] = None,
+        options: Optional[SpeechLLMOptions] = None,
+    ):
+        options = options or SpeechLLMOptions()
+        self.asr, self.lm, self.options = asr, lm, options
+        self.decoder = asr.model.decoder
+        self.units = self.decoder.units
+        self.device = next(asr.model.parameters()).device
+        self.scales = options.weights
+        self._forbidden = tuple((~self.decoder.scored).nonzero().flatten().tolist())
+        check_options(asr, options, has_lm=lm is not None)
+
+    def __call__(self, speech: Samples) -> list[Recognition]:
+        """The n-best list of samples (N,) or features (N, F)."""
+        return self.batch([speech])[0]
+
+    def batch(self, speech: Sequence[Samples]) -> list[list[Recognition]]:
+        """The n-best lists of B utterances, decoded together."""
+        return self.decode(*self.encode(speech))
+
+    @torch.inference_mode()
+    def encode(self, speech: Sequence[Samples]) -> tuple[torch.Tensor, Segments]:
+        """Encoder outputs (S, T, D) of B utterances, long ones in segments.
+
+        Raises:
+            espnet.nets.pytorch_backend.transformer.subsampling.TooShortUttError: Too short.
+        """
+        segments, utterances = [], []
+        for number, one in enumerate(speech):
+            some = list(self._segments(np.asarray(one)))
+            segments += some
+            utterances += [number] * len(some)
+        padded = pad_sequence([segment.encoder_out for segment in segments], batch_first=True)
+        lengths = torch.tensor([len(segment.encoder_out) for segment in segments])
+        return padded, Segments(lengths, [segment.seconds for segment in segments], utterances)
+
+    def _segments(self, samples: np.ndarray) -> Sequence[Segment]:
+        def outputs(part: np.ndarray) -> torch.Tensor:
+            encoder_out, lengths = encode(self.asr.model, [part])
+            return encoder_out[0, : lengths[0]]
+
+        rate = self.asr.sample_rate
+        if rate is None or samples.ndim != 1:
+            return [Segment(outputs(samples), None)]
+        return self.options.long_form.segments(
+            samples, rate, outputs, lambda out: self.asr.model.ctc.label_log_probs(out[None])[0]
+        )
+
+    @torch.inference_mode()
+    def decode(self, encoder_out: torch.Tensor, segments: Segments) -> list[list[Recognition]]:
+        """The n-best lists of B utterances from encoder outputs (S, T, D)."""
+        # 1. Segments of similar length together, at most as many as a batch has.
+        order = segments.lengths.argsort(descending=True).tolist()
+        size = max(self.options.batch_size, 1 + segments.utterances[-1])
+        lists: list[list[LabelHypothesis]] = [[] for _ in order]
+        for first in range(0, len(order), size):
+            some = order[first : first + size]
+            lengths = segments.lengths[some]
+            seconds = [segments.seconds[i] for i in some]
+            rows = encoder_out[some][:, : int(lengths.max())]
+            for i, hyps in zip(some, self.search(rows, lengths, seconds)):
+                lists[i] = hyps
+        # 2. Stitched.
+        number = 1 + segments.utterances[-1]
+        parts: list[list[list[LabelHypothesis]]] = [[] for _ in range(number)]
+        for utterance, hyps in zip(segments.utterances, lists):
+            parts[utterance].append(hyps)
+        return [
+            [self.recognition(hyps) for hyps in stitch(mine, self.options.nbest)] for mine in parts
+        ]
+
+    def search(
+        self,
+        encoder_out: torch.Tensor,
+        lengths: torch.Tensor,
+        seconds: Optional[Sequence[Optional[float]]] = None,
+        weights: Optional[SearchWeights] = None,
+    ) -> list[list[LabelHypothesis]]:
+        """N-best lists of encoder outputs (B, T, D) of ``lengths`` (B,) frames.
+
+        Args:
+            encoder_out: On the model's device.
+            lengths: Frames.
+            seconds: Durations (B), for the limit of tokens a second.
+            weights: Instead of the options'.
+        """
+        options = self.options
+        weights = options.weights if weights is None else weights
+        used = weights.by_scorer()
+        lengths = lengths.to(self.device)
+        longest, shortest = length_limits(
+            lengths.tolist(),
+            seconds,
+            maxlenratio=options.maxlenratio,
+            minlenratio=options.minlenratio,
+            max_tokens_per_second=options.max_tokens_per_second,
+        )
+        scorers, ctc = {}, None
+        if CTC in used:
+            ctc = JointCTC(
+                self.asr.model.ctc.log_softmax(encoder_out),
+                lengths,
+                vocab_size=self.units.vocab_size,
+                eos=self.units.eos,
+                top_k=options.ctc_top_k,
+                compress_threshold=options.ctc_compression,
+            )
+        if DECODER in used:
+            audio = self.decoder.adapt(encoder_out, lengths)
+            scorers[DECODER] = self._llm(audio.embeddings, audio.lengths)
+            longest = self._within_context(audio.lengths.tolist(), longest)
+        if TEXT_LM in used:
+            nothing = encoder_out.new_zeros(len(encoder_out), 0, self.decoder.llm.hidden_size)
+            scorers[TEXT_LM] = self._llm(nothing, torch.zeros_like(lengths))
+        if LM in used:
+            scorers[LM] = ESPnetLM(self.lm, self.units.vocab_size, self.units.eos, self.device)
+        search = LabelSearch(
+            sos=self.decoder.prompt.sos,
+            eos=self.units.eos,
+            vocab_size=self.units.vocab_size,
+            beam_size=options.beam_size,
+            nbest=options.nbest,
+            weights=weights,
+            end_detection=options.end_detection,
+            guard=options.guard,
+            forbidden=self._forbidden,
+        )
+        shortest = [min(few, most) for few, most in zip(shortest, longest)]
+        return search(scorers, longest, ctc=ctc, min_tokens=shortest, device=self.device)
+
+    def _llm(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> LLMScorer:
+        """The LLM after prompt and audio embeddings (B, P, D), of which (B,) count."""
+        prompt = self.decoder.prompt
+        state = self.decoder.interface.start(embeddings, lengths, prompt.before, prompt.after)
+        return LLMScorer(self.decoder.interface, state, self.decoder.scored)
+
+    def _within_context(self, embeddings: Sequence[int], longest: Sequence[int]) -> list[int]:
+        """Length limits (B) that the LLM's context allows after so many embeddings (B)."""
+        context = self.decoder.llm.context
+        if context is None:
+            return list(longest)
+        room = [context - number - self.decoder.prompt.length for number in embeddings]
+        if min(room) < 1:
+            raise UtteranceError(
+                f"its audio is {max(embeddings)} embeddings and the prompt "
+                f"{self.decoder.prompt.length} tokens, which leave no room for text in the "
+                f"{context} tokens that the LLM can see: cut it by --long_form silence (or ctc) "
+                "and a smaller --max_segment_seconds"
+            )
+        return [min(most, tokens) for most, tokens in zip(longest, room)]
+
+    def recognition(self, hyps: Sequence[LabelHypothesis]) -> Recognition:
+        """Tokens and text of the hypotheses of an utterance's segments."""
+        texts = [self.text(hyp.tokens) for hyp in hyps]
+        whole = joined(hyps)
+        ids = list(whole.tokens)
+        text = None
+        if None not in texts:
+            # A language that separates words needs a space where segments meet.
+            space = " " if self._has_spaces else ""
+            text = space.join(filter(None, texts))
+        return Recognition(text, self.asr.text.tokens(ids), ids, whole)
+
+    def text(self, tokens: Sequence[int]) -> Optional[str]:
+        """Text of token ids; None without a tokenizer."""
+        if isinstance(self.units, NativeUnits):
+            return self.units.decode(tokens)
+        return self.asr.text.text(self.asr.text.tokens(tokens))
+
+    @property
+    def _has_spaces(self) -> bool:
+        marks = ("▁", "Ġ", "<space>", " ")
+        return any(token.startswith(marks) for token in self.asr.model.token_list)
+
+
+def has_token_ctc(asr: LoadedASR) -> bool:
+    """Whether the model has a CTC head over the decoder's tokens."""
+    ctc = asr.model.ctc
+    return ctc is not None and isinstance(ctc.vocabulary, TokenVocabulary)
+
+
+def check_options(asr: LoadedASR, options: SpeechLLMOptions, has_lm: bool) -> None:
+    """Refuse what a model cannot do.
+
+    Raises:
+        UserError: A CTC weight without a CTC head over the decoder's tokens, an LM weight without
+            LM, segments of input that is no waveform, or by CTC without a CTC head.
+    """
+    weights, method = options.weights, options.long_form.method
+    if weights.ctc_weight and not has_token_ctc(asr):
+        found = "no CTC head" if asr.model.ctc is None else "a CTC head over other labels"
+        raise UserError(
+            f"--ctc_weight {weights.ctc_weight}: the model has {found}, which cannot score the "
+            "decoder's tokens; use --ctc_weight 0"
+        )
+    if weights.lm_weight and not has_lm:
+        raise UserError("an LM weight is given, but no LM: add --lm_train_config and --lm_file")
+    if method != "off" and asr.sample_rate is None:
+        raise UserError(f"--long_form {method} cuts waveforms, but this model reads features")
+    if method == "ctc" and asr.model.ctc is None:
+        raise UserError("--long_form ctc needs a CTC head; use --long_form silence")
+
+
+def default_ctc_weight(asr: LoadedASR, given: float, is_default: bool) -> float:
+    """``given``, or 0 where it is only ESPnet's default and the model has no CTC for it."""
+    if is_default and not has_token_ctc(asr):
+        logging.warning("the model has no CTC head over its decoder's tokens: --ctc_weight is 0")
+        return 0.0
+    return given
