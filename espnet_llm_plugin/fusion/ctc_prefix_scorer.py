@@ -9,8 +9,8 @@ of the alignments of h in the frames before t that may be followed by the label 
     psi(h c) = sum_t phi_t(h, c) p_t(c),     psi(h <eos>) = a_T(h)
 
 ESPnet's scorer follows this label by label and frame by frame, (T, 2, N, V) numbers in a step.
-Here a step has two parts, and memory never exceeds N (T + K) numbers beside the (B, T, K) ones of
-the posteriors:
+Here a step has two parts, and memory never exceeds N (T + K) numbers beside the posteriors and
+their exponentials, (B, T, K) each:
 
 * psi for all labels is one matrix product of phi (N, T) and p (T, K) for each utterance, over the
   frames in which phi is not zero to machine precision, and corrected where the last label is
@@ -29,6 +29,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.ctc_frames import compress_frames, keep_labels
@@ -73,8 +74,8 @@ class CTCPrefixScorer:
     eos is the CTC log-probability of its labels.
 
     Args:
-        log_probs: (B, T, V) log-posteriors, T > 0, any floating dtype; kept by reference unless
-            reduced. Whatever the padding holds is not looked at.
+        log_probs: (B, T, V) log-posteriors, any floating dtype; kept by reference unless reduced.
+            Whatever the padding holds is not looked at.
         lengths: (B,) frames of the utterances, 0 allowed.
         blank: Column of the blank.
         eos: Column whose score is the end of the hypothesis; its posteriors are not used.
@@ -117,13 +118,26 @@ class CTCPrefixScorer:
                 "(or None to keep all frames)"
             )
         lengths = lengths.to(log_probs.device)
-        if compress_threshold is not None:
-            log_probs, lengths = compress_frames(log_probs, lengths, compress_threshold)
-        labels = None
-        if top_k is not None:
-            log_probs, labels = keep_labels(log_probs, lengths, top_k, (blank, eos))
-        if labels is None:
-            labels = torch.arange(num_labels, device=log_probs.device).expand(len(log_probs), -1)
+        labels = torch.arange(num_labels, device=log_probs.device).expand(len(log_probs), -1)
+        always = (blank, eos)
+        if top_k is not None and top_k + len(always) >= num_labels:
+            top_k = None
+        if top_k is not None or compress_threshold is not None:
+            # One utterance after the other: compressed, but with all its labels, each is large.
+            reduced, kept = [], []
+            for frames, length in zip(log_probs, lengths.tolist()):
+                frames = frames[:length]
+                if compress_threshold is not None:
+                    frames = compress_frames(frames, compress_threshold)
+                if top_k is not None:
+                    frames, names = keep_labels(frames, top_k, always)
+                    kept.append(names)
+                reduced.append(frames)
+            lengths = lengths.new_tensor([len(frames) for frames in reduced])
+            log_probs = pad_sequence(reduced, batch_first=True, padding_value=-torch.inf)
+            labels = torch.stack(kept) if kept else labels
+        if not log_probs.size(1):  # no utterance has a frame
+            log_probs = torch.nn.functional.pad(log_probs, (0, 0, 0, 1))
         self.log_probs, self.lengths, self.labels = log_probs, lengths, labels
         self.num_labels, self.blank, self.eos = num_labels, blank, eos
         self.dtype = torch.promote_types(log_probs.dtype, torch.float32)
@@ -134,7 +148,7 @@ class CTCPrefixScorer:
 
     def _prepare(self) -> None:
         """Posteriors relative to the best label of each frame, and cumulative blanks."""
-        batch, num_frames, num_columns = self.log_probs.shape
+        batch, num_frames, _ = self.log_probs.shape
         frames = torch.arange(num_frames, device=self.lengths.device)
         self._outside = frames >= self.lengths[:, None]  # (B, T)
         # 1. p_t(c) / max_c' p_t(c'), blank not among the labels: no frame of blank underflows.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from espnet_llm_plugin.fusion.ctc_frames import compress_frames, ctc_segments, keep_labels
+from espnet_llm_plugin.fusion.ctc_frames import compress_frames, keep_labels
 from espnet_llm_plugin.fusion.ctc_prefix_scorer import CTCPrefixScorer
 
 
@@ -21,7 +21,7 @@ def peaky(shape, seed=0):
 
 def segments_by_the_book(probabilities, threshold):
     """Lists of the frames of each segment, for one utterance (T, V)."""
-    segments = [[0]]
+    segments = [[0]] if len(probabilities) else []
     best = [(int(row.argmax()), float(row.max()) >= threshold) for row in probabilities]
     for t in range(1, len(best)):
         same_label = best[t][0] == best[t - 1][0]
@@ -33,66 +33,56 @@ def segments_by_the_book(probabilities, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8, 0.95])
-def test_compression_by_the_book(threshold):
-    log_probs = peaky((3, 40, 6))
-    lengths = torch.tensor([40, 22, 1])
-    padded = log_probs.clone()
-    padded[1, 22:] = float("nan")
-    compressed, new_lengths = compress_frames(padded, lengths, threshold)
-    ids, _ = ctc_segments(padded, lengths, threshold)
-    merged = 0
-    for b, length in enumerate(lengths.tolist()):
-        expected = segments_by_the_book(log_probs[b, :length].exp(), threshold)
-        merged += length - len(expected)
-        assert new_lengths[b] == len(expected)
-        for i, frames in enumerate(expected):
-            assert ids[b, frames].tolist() == [i] * len(frames)
-            best = log_probs[b, frames].exp().amax(0)
-            torch.testing.assert_close(compressed[b, i].exp(), best / best.sum())
-    assert merged > 0
-    assert compressed.shape == (3, int(new_lengths.max()), 6)
+@pytest.mark.parametrize("length", [40, 22, 1, 0])
+def test_compression_by_the_book(threshold, length):
+    log_probs = peaky((1, 40, 6))[0, :length]
+    compressed = compress_frames(log_probs, threshold)
+    expected = segments_by_the_book(log_probs.exp(), threshold)
+    assert compressed.shape == (len(expected), 6)
+    for row, frames in zip(compressed, expected):
+        best = log_probs[frames].exp().amax(0)
+        torch.testing.assert_close(row.exp(), best / best.sum())
+    assert len(expected) < length or length < 2
 
 
 def test_a_threshold_that_nothing_reaches_changes_nothing():
-    log_probs = peaky((2, 10, 5)).clamp(min=-20).log_softmax(-1)
-    lengths = torch.tensor([10, 10])
-    compressed, new_lengths = compress_frames(log_probs, lengths, 1.0)
-    assert new_lengths.tolist() == [10, 10]
-    torch.testing.assert_close(compressed, log_probs)
+    log_probs = peaky((1, 10, 5))[0].clamp(min=-20).log_softmax(-1)
+    torch.testing.assert_close(compress_frames(log_probs, 1.0), log_probs)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
-def test_kept_labels_by_the_book(top_k):
-    log_probs = peaky((3, 12, 10), seed=3)
-    lengths = torch.tensor([12, 5, 0])
-    always = (2, 9)
-    kept, labels = keep_labels(log_probs, lengths, top_k, always)
-    if top_k == 8:
-        assert kept is log_probs and labels is None
-        return
-    for b, length in enumerate(lengths.tolist()[:2]):
-        highest = log_probs[b, :length].amax(0).tolist()
-        order = sorted(set(range(10)) - set(always), key=lambda v: -highest[v])
-        expected = sorted([*order[:top_k], *always])
-        assert labels[b].tolist() == expected
-        part = log_probs[b, :length, expected].exp()
-        rows = (part / part.sum(-1, keepdim=True)).log()
-        torch.testing.assert_close(kept[b, :length], rows)
-    assert {2, 9} <= set(labels[2].tolist())
+@pytest.mark.parametrize("length", [12, 5])
+def test_kept_labels_by_the_book(top_k, length):
+    log_probs = peaky((1, 12, 10), seed=3)[0, :length]
+    before = log_probs.clone()
+    kept, labels = keep_labels(log_probs, top_k, (2, 9))
+    highest = log_probs.amax(0).tolist()
+    order = sorted(set(range(10)) - {2, 9}, key=lambda v: -highest[v])
+    assert labels.tolist() == sorted([*order[:top_k], 2, 9])
+    part = log_probs[:, labels].exp()
+    torch.testing.assert_close(kept, (part / part.sum(-1, keepdim=True)).log())
+    torch.testing.assert_close(log_probs, before, rtol=0, atol=0)
 
 
 def test_a_frame_without_any_kept_label_is_impossible():
-    log_probs = torch.full((1, 3, 6), -torch.inf)
-    log_probs[0, [0, 2], 1] = 0.0
-    log_probs[0, 1, [3, 4]] = torch.tensor([0.6, 0.4]).log()
-    kept, labels = keep_labels(log_probs, torch.tensor([3]), 1, (0, 5))
-    assert labels.tolist() == [[0, 1, 5]]
-    assert kept[0, :, 1].tolist() == [0.0, -float("inf"), 0.0]
-    scorer = CTCPrefixScorer(log_probs, torch.tensor([3]), top_k=1)
+    log_probs = torch.full((3, 6), -torch.inf)
+    log_probs[[0, 2], 1] = 0.0
+    log_probs[1, [3, 4]] = torch.tensor([0.6, 0.4]).log()
+    kept, labels = keep_labels(log_probs, 1, (0, 5))
+    assert labels.tolist() == [0, 1, 5]
+    assert kept[:, 1].tolist() == [0.0, -float("inf"), 0.0]
+    scorer = CTCPrefixScorer(log_probs[None], torch.tensor([3]), top_k=1)
     scores = scorer.next_log_probs(scorer.initial_state())
     assert not scores.isnan().any()
     state = scorer.extend(scorer.initial_state(), torch.tensor([0]), torch.tensor([1]))
     assert scorer.end_log_probs(state).item() == -float("inf")
+
+
+def test_as_many_labels_as_there_are_leave_the_posteriors_alone():
+    log_probs = peaky((2, 8, 6))
+    scorer = CTCPrefixScorer(log_probs, torch.tensor([8, 5]), top_k=4)
+    assert scorer.log_probs is log_probs
+    assert scorer.labels.tolist() == [list(range(6))] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -160,7 +160,7 @@ def test_batch_in_any_order_equals_each_alone(options):
     state = batch.extend(batch.initial_state(), parents, labels)
     scores = batch.next_log_probs(state)
     for row, (utterance, label) in enumerate(zip(parents.tolist(), labels.tolist())):
-        frames = slice(0, max(1, int(lengths[utterance])))
+        frames = slice(0, int(lengths[utterance]))
         alone = CTCPrefixScorer(
             log_probs[utterance : utterance + 1, frames],
             lengths[utterance : utterance + 1],
@@ -172,8 +172,9 @@ def test_batch_in_any_order_equals_each_alone(options):
         torch.testing.assert_close(alone.next_log_probs(single)[0], scores[row])
 
 
-def test_no_frames_mean_the_empty_hypothesis():
-    scorer = CTCPrefixScorer(posteriors((1, 4, 5)), torch.tensor([0]))
+@pytest.mark.parametrize("frames", [0, 4])
+def test_no_frames_mean_the_empty_hypothesis(frames):
+    scorer = CTCPrefixScorer(posteriors((1, frames, 5)), torch.tensor([0]))
     scores = scorer.next_log_probs(scorer.initial_state())
     assert scores[0].tolist() == [-math.inf] * 4 + [0.0]
 
