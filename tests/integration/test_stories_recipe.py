@@ -103,7 +103,7 @@ SMALL = "exp/small_llama_full/llm"
 
 def test_rows_are_models_with_decodings_of_their_own(all_rows):
     found = decodings(all_rows[0])
-    assert len(ROWS) == len({row[0] for row in ROWS}) == len(found) == 26
+    assert len(ROWS) == len({row[0] for row in ROWS}) == len(found) == 27
     for row in ROWS:
         model, use, scales = row[2:5]
         tag = "_".join(["decode", *use.split(), *(["as_trained"] if scales != "tuned" else [])])

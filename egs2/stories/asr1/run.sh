@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does an LLM swapped into a factorized transducer (Transducer-Llama, arXiv 2412.16464) pay, and
-# when? Sentences sampled from an LLM, spoken by synthetic voices; a table of 26 systems.
+# when? Sentences sampled from an LLM, spoken by synthetic voices; a table of 27 systems.
 #
 #   ./run.sh --llm_source DIR [--size full|less|small|tiny] [--rows "main"] [--encoders "offline"]
 #            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5]

@@ -94,6 +94,7 @@ describe() {
     settings="" lm="" from="" options=""
     case $1 in
         ctc) settings=train_ctc ;;
+        ctc_more) settings=train_ctc_more ;;
         rnnt) settings=train_rnnt ;;
         ft_weak) settings=train_ft_weak ;;
         ft_weak_lstm) settings=train_ft_lstm ;;
@@ -134,6 +135,8 @@ train_model() {
         start=(--pretrained_model "${first}")
         options+=$(scales_of "$(decoding_of "${from}")/tune/best.yaml")
         count=${finetune_epochs}
+    elif [ "$1" = ctc_more ]; then
+        start=(--pretrained_model "$(place ctc)/asr_ctc/valid.loss.ave.pth")
     elif [ "$1" != ctc ]; then
         start=(--ctc_init "$(place ctc)/asr_ctc")
     fi

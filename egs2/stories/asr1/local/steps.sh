@@ -146,7 +146,7 @@ entry() { # row
     time: [$(times_of "$1" | sort -u | sed 's/.*/"&"/' | paste -sd ,)]
 ENTRY
     # Neither CTC nor the RNN-T has a language model of its own.
-    [[ ${model} =~ ^(ctc|rnnt)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
+    [[ ${model} =~ ^(ctc|ctc_more|rnnt)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
 }
 # One table for each encoder and number of epochs that there is. Rows of main are always in it, the
 # others if they were run, and in the first table.
