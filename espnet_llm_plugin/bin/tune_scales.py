@@ -1,4 +1,7 @@
-"""Choose alpha, beta, the LM weight and the label bonus of a trained model on held-out speech.
+"""Choose the weights of a trained model's search on held-out speech.
+
+Of a transducer alpha, beta, the LM weight and the label bonus; of a speech LLM the weights of CTC,
+of the LLM without audio and of an external LM, the label bonus and the length normalisation.
 
 Every point of the grid is decoded (utterances are encoded once, language models run once for a
 prefix) and scored by WER. OUTPUT_DIR gets best.yaml, a --config for asr_inference; table.txt;
@@ -12,6 +15,7 @@ from typing import Optional, Sequence
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.inference.options import add_model_options, parse_with_configs
+from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
 
@@ -67,13 +71,19 @@ def get_parser(
         nargs="+",
         help="Of the internal LM of an RNN-T, which is subtracted",
     )
-    group.add_argument("--label_bonuses", type=float, nargs="+")
+    group.add_argument("--label_bonuses", type=float, nargs="+", help="ESPnet's --penalty")
+    group.add_argument("--ctc_weights", type=float, nargs="+", help="Of a speech_llm")
+    group.add_argument(
+        "--textlm_weights", type=float, nargs="+", help="Of a speech_llm's LLM without audio"
+    )
+    group.add_argument("--length_norms", type=float, nargs="+", help="Of a speech_llm")
 
     group = parser.add_argument_group("Search")
     group.add_argument("--beam_size", type=int, default=4)
     group.add_argument("--batch_size", type=int, default=16, help="Utterances decoded together")
     group.add_argument("--max_symbols_per_frame", type=int, default=3)
     group.add_argument("--normalize_length", type=types.str2bool, default=False)
+    add_speech_llm_options(parser, weights=False)
     return parser
 
 

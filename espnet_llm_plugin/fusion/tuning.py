@@ -7,20 +7,32 @@ one batch of tensors.
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Collection, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Collection,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Union,
+)
 
 import jiwer
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.search_state import SearchState
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
-AXES = ("alpha", "beta", "lm_weight", "label_bonus")
+# Of a transducer or CTC, or of a speech LLM; both name what is tuned in AXES.
+AnyScales = Union[Scales, SearchWeights]
 ILM_WEIGHT = "ilm_weight"  # beta of an RNN-T, with the other sign
 # Label scores computed at once: rows (utterances x points) x beam x labels; 4 bytes each, and a few
 # tensors of this size. Many rows save calls of the predictor.
@@ -53,7 +65,7 @@ class Search(Protocol):
 class Point:
     """A point of the grid and its word errors on the held-out set."""
 
-    scales: Scales
+    scales: AnyScales
     wer: float  # per cent
     insertions: int
     deletions: int
@@ -73,18 +85,19 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> "Point":
         """What :meth:`as_dict` made; scales that it lacks have no effect."""
         values = dict(values)
-        scales = {name: values.pop(name) for name in vars(Scales()) if name in values}
+        kind = SearchWeights if "ctc_weight" in values else Scales
+        scales = {name: values.pop(name) for name in kind.AXES if name in values}
         if ILM_WEIGHT in values:
             scales["beta"] = 0.0 - values.pop(ILM_WEIGHT)
-        return cls(Scales(**scales), **values)
+        return cls(kind(**scales), **values)
 
 
-def name_of(axis: str, scales: Scales) -> str:
+def name_of(axis: str, scales: AnyScales) -> str:
     """The option of decoding: without predictor LM, beta is the internal LM's weight below zero."""
     return ILM_WEIGHT if axis == "beta" and scales.alpha is None else axis
 
 
-def value_of(axis: str, scales: Scales) -> float:
+def value_of(axis: str, scales: AnyScales) -> float:
     """The value of that option."""
     value = getattr(scales, axis)
     return 0.0 - value if name_of(axis, scales) == ILM_WEIGHT else value
@@ -92,10 +105,17 @@ def value_of(axis: str, scales: Scales) -> float:
 
 def used_axes(points: Sequence[Point], has_lm: bool) -> list[str]:
     """Scales that mean something: no alpha and beta without predictor LM, no weight without LM."""
-    predictor = points[0].scales.alpha is not None
-    subtracts = any(point.scales.beta for point in points)
-    used = {"alpha": predictor, "beta": predictor or subtracts, "lm_weight": has_lm}
-    return [axis for axis in AXES if used.get(axis, True)]
+    used = {"lm_weight": has_lm}
+    if isinstance(points[0].scales, Scales):
+        predictor = points[0].scales.alpha is not None
+        subtracts = any(point.scales.beta for point in points)
+        used.update(alpha=predictor, beta=predictor or subtracts)
+    return [axis for axis in axes_of(points) if used.get(axis, True)]
+
+
+def axes_of(points: Sequence[Point]) -> tuple[str, ...]:
+    """What can be tuned in points of a grid."""
+    return points[0].scales.AXES
 
 
 def make_grid(
@@ -179,7 +199,7 @@ def search_lists(
 
 
 def score_grid(
-    grid: Sequence[Scales], references: Sequence[str], hypotheses: Sequence[Sequence[str]]
+    grid: Sequence[AnyScales], references: Sequence[str], hypotheses: Sequence[Sequence[str]]
 ) -> list[Point]:
     """Word errors of every point (by jiwer).
 
@@ -211,7 +231,9 @@ def score_grid(
     return points
 
 
-def best_point(points: Sequence[Point], candidates: Optional[Collection[Scales]] = None) -> Point:
+def best_point(
+    points: Sequence[Point], candidates: Optional[Collection[AnyScales]] = None
+) -> Point:
     """Lowest error rate; of equal ones the one whose neighbours in the grid are best.
 
     A point that wins by chance has bad neighbours.
@@ -230,7 +252,9 @@ def _mean_wer_around(centre: Point, points: Sequence[Point]) -> float:
     near = []
     for point in points:
         differing = [
-            axis for axis in AXES if getattr(point.scales, axis) != getattr(centre.scales, axis)
+            axis
+            for axis in axes_of(points)
+            if getattr(point.scales, axis) != getattr(centre.scales, axis)
         ]
         if not differing or (
             len(differing) == 1 and _are_next(centre, point, differing[0], points)
@@ -252,16 +276,20 @@ def axis_values(points: Sequence[Point], axis: str) -> list:
 def edges(best: Point, points: Sequence[Point]) -> list[str]:
     """Axes on which the best point is at an end of the grid: the optimum may lie outside."""
     found = []
-    for axis in AXES:
+    for axis in axes_of(points):
         values = axis_values(points, axis) if getattr(best.scales, axis) is not None else []
         value = getattr(best.scales, axis)
         # 0 is a natural end of every scale but the bonus; the internal LM's weight is -beta.
         natural = values[-1:] if name_of(axis, best.scales) == ILM_WEIGHT else values[:1]
-        if axis != "label_bonus" and value == 0 and natural == [0]:
+        if axis not in ("label_bonus", "penalty") and value == 0 and natural == [0]:
             continue
         if len(values) > 1 and value in (values[0], values[-1]):
             found.append(name_of(axis, best.scales))
     return found
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    return [axis for axis in axes_of(points) if len(axis_values(points, axis)) > 1]
 
 
 def table(points: Sequence[Point], reranked: Collection[Scales] = ()) -> str:
@@ -270,7 +298,7 @@ def table(points: Sequence[Point], reranked: Collection[Scales] = ()) -> str:
     Args:
         reranked: Scales whose errors come from n-best lists, marked by ``~`` and listed last.
     """
-    axes = [axis for axis in AXES if len({getattr(p.scales, axis) for p in points}) > 1]
+    axes = _varied(points)
     rows = [[*(name_of(axis, points[0].scales) for axis in axes), "WER", "ins", "del", "sub"]]
     for point in sorted(points, key=lambda point: (point.scales in reranked, point.wer)):
         rows.append(
@@ -293,13 +321,13 @@ def heat_map(points: Sequence[Point], best: Point, reranked: Collection[Scales] 
     Returns:
         The figure, or None if less than two axes have several values.
     """
-    axes = [axis for axis in AXES if len({getattr(p.scales, axis) for p in points}) > 1][:2]
+    axes = _varied(points)[:2]
     if len(axes) < 2:
         return None
     from matplotlib.figure import Figure
 
     rows, columns = axis_values(points, axes[0]), axis_values(points, axes[1])
-    others = [axis for axis in AXES if axis not in axes]
+    others = [axis for axis in axes_of(points) if axis not in axes]
     at_best = {
         (getattr(p.scales, axes[0]), getattr(p.scales, axes[1])): p
         for p in points

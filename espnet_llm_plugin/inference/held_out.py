@@ -15,9 +15,11 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
-from espnet_llm_plugin.inference.loading import load_asr, load_lm, require_file
+from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import build_search, encode
+from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer
+from espnet_llm_plugin.inference.speech_llm_options import speech_llm_options
 from espnet_llm_plugin.inference.utterances import Utterances, read_keys
 
 # What is done with a batch: its utterance ids and encoder outputs (T, D).
@@ -62,7 +64,9 @@ class HeldOut:
     Attributes:
         asr: Recogniser.
         has_lm: Whether there is an external LM.
-        search: Of the recogniser, with the LM.
+        seconds: Durations of waveforms, once they are read.
+        search: Of a transducer or CTC, with the LM.
+        speech_llm: Recogniser of a speech LLM.
 
     Raises:
         UserError: Bad options, models or data.
@@ -87,18 +91,22 @@ class HeldOut:
         if self.has_lm:
             tokens = self.asr.model.token_list
             lm = load_lm(args.lm_train_config, args.lm_file, tokens, device=device)
-        self.search = build_search(
-            self.asr,
-            lm,
-            beam_size=args.beam_size,
-            max_symbols_per_frame=args.max_symbols_per_frame,
-        )
+        if self.asr.is_speech_llm:
+            self.speech_llm = tuned_recognizer(args, self.asr, lm)
+        else:
+            self.search = build_search(
+                self.asr,
+                lm,
+                beam_size=args.beam_size,
+                max_symbols_per_frame=args.max_symbols_per_frame,
+            )
         self.data = Utterances(
             args.data_path_and_name_and_type,
             self.asr.train_args,
             sample_rate=self.asr.sample_rate,
             key_file=args.key_file,
         )
+        self.seconds: dict[str, float] = {}
         self._batch_size = args.batch_size
 
     def text_of(self, labels: Sequence[int]) -> str:
@@ -124,6 +132,9 @@ class HeldOut:
                     yield Utterance(utt, speech)
 
         def attempt(batch: Sequence[Utterance]) -> None:
+            rate = self.asr.sample_rate
+            if rate is not None:
+                self.seconds.update((one.utt, len(one.speech) / rate) for one in batch)
             encoder_out, lengths = encode(self.asr.model, [one.speech for one in batch])
             encoded = [out[:length] for out, length in zip(encoder_out, lengths.tolist())]
             work([one.utt for one in batch], encoded)
@@ -145,6 +156,17 @@ class HeldOut:
             progress.update(len(batch))
         progress.close()
         return failed
+
+
+def tuned_recognizer(
+    args: argparse.Namespace, asr: LoadedASR, lm: Optional[torch.nn.Module]
+) -> SpeechLLMRecognizer:
+    """The recogniser of a speech LLM, with the options that are not tuned."""
+    fixed = dict(ctc_weight=0.0, textlm_weight=0.0, lm_weight=0.0, length_norm=0.0)
+    values = argparse.Namespace(
+        **{**vars(args), **fixed}, nbest=1, maxlenratio=0.0, minlenratio=0.0
+    )
+    return SpeechLLMRecognizer(asr, lm, speech_llm_options(values, None, has_lm=lm is not None))
 
 
 Run = Callable[..., list[Any]]

@@ -4,7 +4,7 @@ B utterances, S segments (B if none is cut), T frames, D encoder size, V tokens.
 """
 
 import logging
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, Collection, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from espnet_llm_plugin.speech_llm.hypothesis import (
 from espnet_llm_plugin.speech_llm.joint_ctc import JointCTC
 from espnet_llm_plugin.speech_llm.long_form import Segment, joined, stitch
 from espnet_llm_plugin.speech_llm.scorers import ESPnetLM, LLMScorer
-from espnet_llm_plugin.speech_llm.search import LabelSearch
+from espnet_llm_plugin.speech_llm.search import LabelSearch, TokenScorer
 from espnet_llm_plugin.speech_llm.units import NativeUnits
 
 
@@ -44,6 +44,22 @@ class Segments(NamedTuple):
     lengths: torch.Tensor
     seconds: list[Optional[float]]
     utterances: list[int]
+
+
+class Prepared(NamedTuple):
+    """A batch of B utterances before its search: what does not depend on the weights.
+
+    Attributes:
+        scorers: Makers of new scorers, by name.
+        ctc: Posteriors of the tokens (B, T, V) and their frames (B,), or None.
+        longest: Most tokens (B).
+        shortest: Fewest tokens (B).
+    """
+
+    scorers: dict[str, Callable[[], TokenScorer]]
+    ctc: Optional[tuple[torch.Tensor, torch.Tensor]]
+    longest: list[int]
+    shortest: list[int]
 
 
 class SpeechLLMRecognizer:
@@ -140,7 +156,6 @@ class SpeechLLMRecognizer:
         encoder_out: torch.Tensor,
         lengths: torch.Tensor,
         seconds: Optional[Sequence[Optional[float]]] = None,
-        weights: Optional[SearchWeights] = None,
     ) -> list[list[LabelHypothesis]]:
         """N-best lists of encoder outputs (B, T, D) of ``lengths`` (B,) frames.
 
@@ -148,11 +163,28 @@ class SpeechLLMRecognizer:
             encoder_out: On the model's device.
             lengths: Frames.
             seconds: Durations (B), for the limit of tokens a second.
-            weights: Instead of the options'.
+
+        Raises:
+            UtteranceError: The audio does not fit the LLM's context.
+        """
+        prepared = self.prepare(encoder_out, lengths, seconds, self.options.weights.by_scorer())
+        return self.search_prepared(prepared, self.options.weights)
+
+    @torch.inference_mode()
+    def prepare(
+        self,
+        encoder_out: torch.Tensor,
+        lengths: torch.Tensor,
+        seconds: Optional[Sequence[Optional[float]]],
+        used: Collection[str],
+    ) -> Prepared:
+        """What searches of a batch with different weights have in common.
+
+        Args:
+            encoder_out, lengths, seconds: See :meth:`search`.
+            used: Names of the scorers that some search needs.
         """
         options = self.options
-        weights = options.weights if weights is None else weights
-        used = weights.by_scorer()
         lengths = lengths.to(self.device)
         longest, shortest = length_limits(
             lengths.tolist(),
@@ -161,29 +193,41 @@ class SpeechLLMRecognizer:
             minlenratio=options.minlenratio,
             max_tokens_per_second=options.max_tokens_per_second,
         )
-        scorers, ctc = {}, None
-        if CTC in used:
-            ctc = JointCTC(
-                self.asr.model.ctc.log_softmax(encoder_out),
-                lengths,
-                vocab_size=self.units.vocab_size,
-                eos=self.units.eos,
-                top_k=options.ctc_top_k,
-                compress_threshold=options.ctc_compression,
-            )
+        scorers: dict[str, Callable[[], TokenScorer]] = {}
         if DECODER in used:
             audio = self.decoder.adapt(encoder_out, lengths)
-            scorers[DECODER] = self._llm(audio.embeddings, audio.lengths)
             longest = self._within_context(audio.lengths.tolist(), longest)
+            scorers[DECODER] = self._llm(audio.embeddings, audio.lengths)
         if TEXT_LM in used:
             nothing = encoder_out.new_zeros(len(encoder_out), 0, self.decoder.llm.hidden_size)
             scorers[TEXT_LM] = self._llm(nothing, torch.zeros_like(lengths))
         if LM in used:
-            scorers[LM] = ESPnetLM(self.lm, self.units.vocab_size, self.units.eos, self.device)
+            units = self.units
+            scorers[LM] = lambda: ESPnetLM(self.lm, units.vocab_size, units.eos, self.device)
+        ctc = None
+        if CTC in used:
+            ctc = (self.asr.model.ctc.log_softmax(encoder_out), lengths)
+        shortest = [min(few, most) for few, most in zip(shortest, longest)]
+        return Prepared(scorers, ctc, longest, shortest)
+
+    def search_prepared(
+        self, prepared: Prepared, weights: SearchWeights
+    ) -> list[list[LabelHypothesis]]:
+        """The n-best lists of a batch with some weights."""
+        options, units, used = self.options, self.units, weights.by_scorer()
+        ctc = None
+        if CTC in used:
+            ctc = JointCTC(
+                *prepared.ctc,
+                vocab_size=units.vocab_size,
+                eos=units.eos,
+                top_k=options.ctc_top_k,
+                compress_threshold=options.ctc_compression,
+            )
         search = LabelSearch(
             sos=self.decoder.prompt.sos,
-            eos=self.units.eos,
-            vocab_size=self.units.vocab_size,
+            eos=units.eos,
+            vocab_size=units.vocab_size,
             beam_size=options.beam_size,
             nbest=options.nbest,
             weights=weights,
@@ -191,14 +235,19 @@ class SpeechLLMRecognizer:
             guard=options.guard,
             forbidden=self._forbidden,
         )
-        shortest = [min(few, most) for few, most in zip(shortest, longest)]
-        return search(scorers, longest, ctc=ctc, min_tokens=shortest, device=self.device)
+        return search(
+            {name: make() for name, make in prepared.scorers.items() if name in used},
+            prepared.longest,
+            ctc=ctc,
+            min_tokens=prepared.shortest,
+            device=self.device,
+        )
 
-    def _llm(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> LLMScorer:
-        """The LLM after prompt and audio embeddings (B, P, D), of which (B,) count."""
+    def _llm(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> Callable[[], TokenScorer]:
+        """Scorers that begin after prompt and audio embeddings (B, P, D), of which (B,) count."""
         prompt = self.decoder.prompt
         state = self.decoder.interface.start(embeddings, lengths, prompt.before, prompt.after)
-        return LLMScorer(self.decoder.interface, state, self.decoder.scored)
+        return lambda: LLMScorer(self.decoder.interface, state, self.decoder.scored)
 
     def _within_context(self, embeddings: Sequence[int], longest: Sequence[int]) -> list[int]:
         """Length limits (B) that the LLM's context allows after so many embeddings (B)."""

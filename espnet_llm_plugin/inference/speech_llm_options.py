@@ -42,25 +42,15 @@ class SpeechLLMOptions:
     long_form: LongForm = LongForm()
 
 
-def add_speech_llm_options(parser: argparse.ArgumentParser) -> None:
-    """What our search of a speech LLM has beside ESPnet's options.
+def add_speech_llm_options(parser: argparse.ArgumentParser, weights: bool = True) -> None:
+    """What our search of a speech LLM has beside ESPnet's options; with or without weights.
 
     ESPnet's --ctc_weight, --lm_weight, --penalty, --maxlenratio, --minlenratio, --beam_size,
     --nbest and --normalize_length keep their names and meaning.
     """
     group = parser.add_argument_group("Speech LLM (speech_llm)")
-    group.add_argument(
-        "--textlm_weight",
-        type=float,
-        default=0.0,
-        help="Weight of the same LLM without audio; below 0 it is subtracted",
-    )
-    group.add_argument(
-        "--length_norm",
-        type=float,
-        help="Rank hypotheses by score / length**length_norm (default: 0, or 1 with "
-        "--normalize_length true)",
-    )
+    if weights:
+        _add_weights(group)
     group.add_argument(
         "--ctc_top_k",
         type=int,
@@ -110,6 +100,21 @@ def add_speech_llm_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="Seconds beyond each cut that the encoder sees",
+    )
+
+
+def _add_weights(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--textlm_weight",
+        type=float,
+        default=0.0,
+        help="Weight of the same LLM without audio; below 0 it is subtracted",
+    )
+    group.add_argument(
+        "--length_norm",
+        type=float,
+        help="Rank hypotheses by score / length**length_norm (default: 0, or 1 with "
+        "--normalize_length true)",
     )
 
 

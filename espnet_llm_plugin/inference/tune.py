@@ -13,6 +13,7 @@ import yaml
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.tuning import (
+    AnyScales,
     Point,
     best_point,
     edges,
@@ -23,6 +24,7 @@ from espnet_llm_plugin.fusion.tuning import (
     table,
     used_axes,
 )
+from espnet_llm_plugin.inference import tune_speech_llm
 from espnet_llm_plugin.inference.held_out import (
     HeldOut,
     check_failures,
@@ -33,6 +35,7 @@ from espnet_llm_plugin.inference.held_out import (
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.inference.options import identity
 from espnet_llm_plugin.inference.recognizer import default_scales, is_factorized
+from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
 from espnet_llm_plugin.transducer.hypothesis import Scales
 
 
@@ -71,12 +74,14 @@ def tune(args: argparse.Namespace) -> Point:
 
 def run_part(
     held_out: HeldOut, part: int, parts: int, args: argparse.Namespace
-) -> tuple[list[Scales], dict[str, list[str]], dict[str, str]]:
+) -> tuple[list[AnyScales], dict[str, list[str]], dict[str, str]]:
     """Search every ``parts``-th utterance.
 
     Returns:
         The grid, texts of each utterance at all points, reasons of utterances that failed.
     """
+    if held_out.asr.is_speech_llm:
+        return tune_speech_llm.run_part(held_out, part, parts, args)
     grid = grid_of(args, held_out.asr, has_lm=held_out.has_lm, quiet=part > 0)
     if part == 0:
         logging.info(f"{len(grid)} points, {len(held_out.data)} utterances, {parts} processes")
@@ -100,6 +105,7 @@ def grid_of(
         if not quiet:
             logging.warning(f"{why}: {what} are left out")
 
+    tune_speech_llm.leave_out(args, left_out)
     default = default_scales(asr)
     alphas, betas, lm_weights = args.alphas, args.betas, args.lm_weights
     if is_factorized(asr):
@@ -144,7 +150,10 @@ def write_results(
     Args:
         reranked: Scales whose word errors come from n-best lists, not from a search.
     """
-    keep = ("beam_size", "max_symbols_per_frame", "normalize_length")
+    if isinstance(best.scales, SearchWeights):
+        keep = tune_speech_llm.KEPT
+    else:
+        keep = ("beam_size", "max_symbols_per_frame", "normalize_length")
     axes = used_axes(points, bool(args.lm_train_config))
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")

@@ -141,6 +141,8 @@ def grid_of_part(
     held_out: HeldOut, part: int, parts: int, args: argparse.Namespace
 ) -> list[Scales]:
     """The grid; see :func:`~espnet_llm_plugin.inference.tune.grid_of`."""
+    if held_out.asr.is_speech_llm:
+        raise UserError("tune_fusion is for transducers and CTC; tune a speech_llm by tune_scales")
     grid = grid_of(args, held_out.asr, has_lm=held_out.has_lm, quiet=part > 0)
     if part == 0:
         logging.info(f"{len(grid)} points, {len(held_out.data)} utterances, {parts} processes")

@@ -1,7 +1,7 @@
 """What a label-synchronous search is asked with and what it answers."""
 
 from dataclasses import dataclass, field
-from typing import Mapping
+from typing import ClassVar, Mapping
 
 from espnet_llm_plugin.errors import UserError
 
@@ -25,6 +25,14 @@ class SearchWeights:
         length_norm: Hypotheses are ranked by ``total / |tokens|**length_norm``, the end symbol
             counted (transformers' ``length_penalty``).
     """
+
+    AXES: ClassVar[tuple[str, ...]] = (
+        "ctc_weight",
+        "textlm_weight",
+        "lm_weight",
+        "penalty",
+        "length_norm",
+    )  # tuned
 
     ctc_weight: float = 0.0
     textlm_weight: float = 0.0

@@ -1,7 +1,7 @@
 """What a search is asked with and what it answers: scales, hypotheses."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 
 class SearchError(RuntimeError):
@@ -22,6 +22,8 @@ class Scales:
         label_bonus: Added to every label.
         blank_scale: Factor of the blank's log-probability; below 1 it favours long hypotheses.
     """
+
+    AXES: ClassVar[tuple[str, ...]] = ("alpha", "beta", "lm_weight", "label_bonus")  # tuned
 
     alpha: Optional[float] = None
     beta: float = 0.0
