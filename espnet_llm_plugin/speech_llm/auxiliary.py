@@ -41,6 +41,14 @@ class CTCVocabulary(ABC):
             UserError: The labels are not the tokens.
         """
 
+    @abstractmethod
+    def label_tokens(self, blank: int) -> Tensor:
+        """(C,) ids of the tokens that the labels are, ``blank`` for blank.
+
+        Raises:
+            UserError: The labels are not the tokens.
+        """
+
 
 class TokenVocabulary(CTCVocabulary):
     """The tokens of the token list: label = id for an ASR token list, id + 1 for an LLM's own.
@@ -61,6 +69,11 @@ class TokenVocabulary(CTCVocabulary):
         if not self.shift:
             return log_probs
         return torch.cat([log_probs[..., :1], log_probs[..., 2:]], dim=-1)
+
+    def label_tokens(self, blank: int) -> Tensor:
+        tokens = torch.arange(self.size) - self.shift
+        tokens[0] = blank
+        return tokens
 
 
 class PieceVocabulary(CTCVocabulary):
@@ -105,6 +118,12 @@ class PieceVocabulary(CTCVocabulary):
         raise UserError(
             f"the CTC layer has other labels ({self.name}) than the decoder has tokens, and cannot "
             "score its hypotheses one by one: decode with ctc_weight 0"
+        )
+
+    def label_tokens(self, blank: int) -> Tensor:
+        raise UserError(
+            f"adapter ctc_embedding needs a CTC with the decoder's tokens, not {self.name}: leave "
+            "out model_conf ctc_vocabulary"
         )
 
 
@@ -160,7 +179,7 @@ class VocabularyCTC(CTC):
         labels, counts = self.vocabulary.targets(text, lengths)
         hlens = hlens.to(counts.device)
         # between two equal labels there must be a blank
-        inside = torch.arange(1, labels.shape[1], device=labels.device) < counts[:, None]
+        inside = torch.arange(labels.shape[1], device=labels.device)[1:] < counts[:, None]
         repeats = ((labels[:, 1:] == labels[:, :-1]) & inside).sum(dim=1)
         fits = counts + repeats <= hlens
         nll = torch.nn.functional.ctc_loss(

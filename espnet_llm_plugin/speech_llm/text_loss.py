@@ -1,0 +1,75 @@
+"""Cross-entropy of the text, smoothed over the tokens that can be text.
+
+B utterances, U tokens (EOS included), V tokens of the token list.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TextLoss(NamedTuple):
+    """Sums over the tokens of each utterance (B,).
+
+    Attributes:
+        smoothed: Label-smoothed cross-entropy, nats.
+        nll: -log P(text and EOS | audio), nats.
+        correct: Tokens that are the most likely one.
+        tokens: Their number.
+    """
+
+    smoothed: Tensor
+    nll: Tensor
+    correct: Tensor
+    tokens: Tensor
+
+    def reduced(self, by_length: bool) -> Tensor:
+        """Smoothed cross-entropy per token or per utterance."""
+        weight = self.tokens.sum() if by_length else self.tokens.numel()
+        return self.smoothed.sum() / weight
+
+    def per_token(self) -> Tensor:
+        """Cross-entropy without smoothing, nats per token."""
+        return self.nll.sum() / self.tokens.sum()
+
+    def accuracy(self) -> Tensor:
+        """Share of the tokens that are the most likely one."""
+        return self.correct.sum() / self.tokens.sum()
+
+
+def text_loss(
+    logits: Tensor, targets: Tensor, lengths: Tensor, scored: Tensor, smoothing: float = 0.0
+) -> TextLoss:
+    """Losses of a batch; builds one float32 copy of the logits and no (B, U, V) targets.
+
+    With smoothing e a target's token has weight 1 - e and each other token that can be text
+    e / (S - 1), S tokens that can be text in all, as in ESPnet's ``LabelSmoothingLoss`` (which has
+    the entropy of these weights, a constant, subtracted).
+
+    Args:
+        logits: (B, U, V).
+        targets: (B, U); anything valid beyond the lengths.
+        lengths: (B,).
+        scored: (V,) bool, the tokens that can be text.
+        smoothing: e in [0, 1).
+    """
+    logits = logits.float()
+    inside = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
+    targets = targets.masked_fill(~inside, 0)
+    masked = logits.masked_fill(~scored, -torch.inf)
+    total = masked.logsumexp(dim=-1)
+    nll = total - logits.gather(-1, targets[..., None])[..., 0]
+    smoothed = nll
+    if smoothing:
+        share = smoothing / (int(scored.sum()) - 1)
+        # cross-entropy against the sum of all tokens' weights: a product, not another (B, U, V)
+        everything = int(scored.sum()) * total - logits @ scored.to(logits.dtype)
+        smoothed = (1 - smoothing - share) * nll + share * everything
+    correct = masked.argmax(dim=-1) == targets
+    return TextLoss(
+        smoothed.masked_fill(~inside, 0.0).sum(dim=1),
+        nll.masked_fill(~inside, 0.0).sum(dim=1),
+        (correct & inside).sum(dim=1),
+        lengths,
+    )

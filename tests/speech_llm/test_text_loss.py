@@ -1,0 +1,68 @@
+"""The text's cross-entropy against ESPnet's label smoothing and torch's cross-entropy."""
+
+import math
+
+import pytest
+import torch
+from espnet.nets.pytorch_backend.nets_utils import th_accuracy
+from espnet.nets.pytorch_backend.transformer.label_smoothing_loss import LabelSmoothingLoss
+
+from espnet_llm_plugin.speech_llm.text_loss import text_loss
+
+VOCAB = 9
+
+
+def batch():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(3, 5, VOCAB, requires_grad=True)
+    return logits, torch.randint(2, VOCAB, (3, 5)), torch.tensor([5, 2, 3])
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_equals_espnet(smoothing, by_length):
+    logits, targets, lengths = batch()
+    loss = text_loss(logits, targets, lengths, torch.ones(VOCAB, dtype=torch.bool), smoothing)
+    padded = targets.masked_fill(torch.arange(5) >= lengths[:, None], -1)
+    reference = LabelSmoothingLoss(VOCAB, -1, smoothing, normalize_length=by_length)
+    expected = reference(logits, padded)
+    entropy = -(1 - smoothing) * math.log(1 - smoothing)
+    if smoothing:
+        entropy -= smoothing * math.log(smoothing / (VOCAB - 1))
+    constant = entropy if by_length else entropy * lengths.sum() / 3
+    torch.testing.assert_close(loss.reduced(by_length), expected + constant)
+    gradients = [
+        torch.autograd.grad(value, logits, retain_graph=True)[0]
+        for value in (loss.reduced(by_length), expected)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert float(loss.accuracy()) == pytest.approx(th_accuracy(logits.view(-1, VOCAB), padded, -1))
+
+
+def test_tokens_that_are_no_text_have_no_part_in_it():
+    """As if their columns were not there, smoothing included."""
+    logits, targets, lengths = batch()
+    scored = torch.tensor([False, True, True, True, True, True, True, True, True])
+    for smoothing in (0.0, 0.2):
+        loss = text_loss(logits, targets, lengths, scored, smoothing)
+        without = text_loss(logits[..., 1:], targets - 1, lengths, scored[1:], smoothing)
+        torch.testing.assert_close(loss, without)
+    gradient = torch.autograd.grad(loss.reduced(True), logits)[0]
+    assert (gradient[..., 0] == 0).all() and torch.isfinite(gradient).all()
+    ce = torch.nn.functional.cross_entropy(logits[1, :2, 1:], targets[1, :2] - 1)
+    torch.testing.assert_close(loss.nll[1] / 2, ce)
+    torch.testing.assert_close(loss.per_token(), loss.nll.sum() / 10)
+
+
+def test_padding_has_no_effect():
+    logits, targets, lengths = batch()
+    scored = torch.ones(VOCAB, dtype=torch.bool)
+    inside = torch.arange(5) < lengths[:, None]
+    other = text_loss(
+        torch.where(inside[..., None], logits, 7.0),
+        targets.masked_fill(~inside, 1),
+        lengths,
+        scored,
+        0.1,
+    )
+    torch.testing.assert_close(other, text_loss(logits, targets, lengths, scored, 0.1))
