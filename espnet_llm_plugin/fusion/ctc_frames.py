@@ -6,6 +6,8 @@ vocabulary. Both keep a distribution per frame; compression comes first where bo
 Dimensions: T frames of an utterance, I segments of frames, V labels with the blank, K kept labels.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -25,34 +27,62 @@ def compress_frames(log_probs: Tensor, threshold: float) -> Tensor:
     Returns:
         (I, V) log-posteriors of the segments.
     """
-    if not len(log_probs):
-        return log_probs
-    length = torch.tensor([len(log_probs)], device=log_probs.device)
-    (segments,), _ = ctc_segments(log_probs[None], length, threshold)
-    sizes = torch.bincount(segments)
-    compressed = log_probs.new_full((len(sizes), log_probs.size(1)), -torch.inf)
-    compressed.scatter_reduce_(0, segments[:, None].expand_as(log_probs), log_probs, "amax")
+    segments, sizes = _segments(log_probs, threshold)
+    compressed = _maxima(log_probs, segments, len(sizes))
     merged = sizes > 1  # a segment of one frame sums to one as it is
     compressed[merged] = _normalize(compressed[merged])
     return compressed
 
 
-def keep_labels(log_probs: Tensor, top_k: int, always: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def keep_labels(
+    log_probs: Tensor,
+    top_k: int,
+    always: tuple[int, ...],
+    threshold: Optional[float] = None,
+) -> tuple[Tensor, Tensor]:
     """The labels that some frame gives the most to, renormalised.
 
     Args:
         log_probs: (T, V) log-posteriors of an utterance.
         top_k: Labels kept besides those of ``always``; no more than there are.
         always: Labels kept in any case (blank, eos).
+        threshold: Compress the frames first, see :func:`compress_frames`. None: do not.
 
     Returns:
-        Log-posteriors (T, K), K = top_k + len(always), and the labels of the columns (K,),
-        ascending.
+        Log-posteriors (T, K) or (I, K), K = top_k + len(always), and the labels of the columns
+        (K,), ascending.
     """
-    peaks = log_probs.amax(0) if len(log_probs) else log_probs.new_zeros(log_probs.size(1))
+    if threshold is None:
+        peaks = log_probs.amax(0) if len(log_probs) else log_probs.new_zeros(log_probs.size(1))
+    else:
+        # Segment by segment: (I, V) numbers would be the largest thing in memory.
+        segments, sizes = _segments(log_probs, threshold)
+        peaks = log_probs.new_full((log_probs.size(1),), -torch.inf)
+        for frames in log_probs.split(sizes.tolist()):
+            best = frames.amax(0)
+            torch.maximum(peaks, _normalize(best) if len(frames) > 1 else best, out=peaks)
     peaks[list(always)] = torch.inf
     labels = peaks.topk(top_k + len(always)).indices.sort().values
-    return _normalize(log_probs[:, labels]), labels
+    kept = log_probs[:, labels]
+    if threshold is not None:
+        kept = _maxima(kept, segments, len(sizes))
+    return _normalize(kept), labels
+
+
+def _segments(log_probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Segment of each frame (T,), and the frames of each segment (I,)."""
+    if not len(log_probs):
+        none = torch.zeros(0, dtype=torch.long, device=log_probs.device)
+        return none, none
+    length = torch.tensor([len(log_probs)], device=log_probs.device)
+    (segments,), _ = ctc_segments(log_probs[None], length, threshold)
+    return segments, torch.bincount(segments)
+
+
+def _maxima(log_probs: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """(I, V) maximum of each label over the frames of each segment."""
+    maxima = log_probs.new_full((num_segments, log_probs.size(1)), -torch.inf)
+    return maxima.scatter_reduce_(0, segments[:, None].expand_as(log_probs), log_probs, "amax")
 
 
 def _normalize(log_probs: Tensor) -> Tensor:

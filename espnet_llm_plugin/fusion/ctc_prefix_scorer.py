@@ -123,16 +123,15 @@ class CTCPrefixScorer:
         if top_k is not None and top_k + len(always) >= num_labels:
             top_k = None
         if top_k is not None or compress_threshold is not None:
-            # One utterance after the other: compressed, but with all its labels, each is large.
+            # One utterance after the other: what is computed on the way may be large.
             reduced, kept = [], []
             for frames, length in zip(log_probs, lengths.tolist()):
-                frames = frames[:length]
-                if compress_threshold is not None:
-                    frames = compress_frames(frames, compress_threshold)
-                if top_k is not None:
-                    frames, names = keep_labels(frames, top_k, always)
+                if top_k is None:
+                    reduced.append(compress_frames(frames[:length], compress_threshold))
+                else:
+                    best, names = keep_labels(frames[:length], top_k, always, compress_threshold)
+                    reduced.append(best)
                     kept.append(names)
-                reduced.append(frames)
             lengths = lengths.new_tensor([len(frames) for frames in reduced])
             log_probs = pad_sequence(reduced, batch_first=True, padding_value=-torch.inf)
             labels = torch.stack(kept) if kept else labels

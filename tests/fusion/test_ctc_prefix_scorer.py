@@ -146,7 +146,11 @@ def test_espnets_single_scorer():
     walk_with_espnet(log_probs, lengths, 2, 5, check)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"compress_threshold": 0.8}])
+REDUCTIONS = [{}, {"top_k": 4}, {"compress_threshold": 0.8}]
+REDUCTIONS += [{"top_k": 4, "compress_threshold": 0.8}]
+
+
+@pytest.mark.parametrize("options", REDUCTIONS)
 def test_batch_in_any_order_equals_each_alone(options):
     log_probs = posteriors((3, 30, 12), 5.0)
     lengths = torch.tensor([18, 30, 0])
@@ -225,7 +229,7 @@ def test_a_long_utterance_keeps_its_precision():
     torch.testing.assert_close(scores32.double(), scores64, atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"compress_threshold": 0.5}])
+@pytest.mark.parametrize("options", REDUCTIONS)
 def test_scores_of_whole_hypotheses_equal_the_ctc_loss(options):
     log_probs = posteriors((2, 25, 10))
     lengths = torch.tensor([25, 19])
