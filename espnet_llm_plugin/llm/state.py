@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.fast_llama import FastLlama, why_not_fast
 from espnet_llm_plugin.llm.kv_pool import KVPool, pooled_cache
 
 # Attention whose past is fully described by keys and values of single tokens. Sliding windows are
@@ -104,6 +105,7 @@ class PrefixLM:
 
     Args:
         model: A Hugging Face causal LM. Its weights must not change while states are in use.
+            LLaMA-like ones run by :class:`~espnet_llm_plugin.llm.fast_llama.FastLlama`.
         use_cache: ``None`` decides by the model: families whose past is not a list of keys and
             values per token (state-space layers, chunked attention, layers that share keys) are
             recomputed from the tokens of the prefix, which is slow but right. A small numeric
@@ -132,8 +134,12 @@ class PrefixLM:
         self.num_token_forwards = 0
         self.num_forwards = 0
         self.uses_cache = True if use_cache is None else use_cache
+        self._fast: Optional[FastLlama] = None
         if use_cache is None:
-            reason = _why_not_pooled(self.config) or self._check_cache()
+            self._fast = self._checked_fast()
+            reason = _why_not_pooled(self.config)
+            if not reason and self._fast is None:
+                reason = self._check_cache()
             if reason:
                 logging.warning(
                     "%s keeps no shareable keys and values (%s): every prefix is recomputed from "
@@ -183,13 +189,17 @@ class PrefixLM:
         self, tokens: list[int], states: Sequence[Optional[PrefixState]]
     ) -> tuple[torch.Tensor, list[PrefixState]]:
         device = self.model.device
+        if not self._pool.used:
+            self._begin()
         # 1. Slots of the past and of the new token, padded at the LEFT: the new token is the last
         #    column of every row, so that the causal and the sliding-window mask are those of
         #    unpadded rows.
-        lengths = torch.tensor([0 if s is None else s.seen for s in states], device=device)
-        longest = int(lengths.max())
-        mask = torch.arange(longest + 1, device=device)[None, :] >= (longest - lengths)[:, None]
+        lengths = np.array([0 if state is None else state.seen for state in states])
         before = np.array([0 if state is None else state.slot for state in states])
+        longest = int(lengths.max())
+        mask = None
+        if int(lengths.min()) < longest:
+            mask = np.arange(longest + 1) >= (longest - lengths)[:, None]
 
         # 2. One forward over the new tokens; the cache writes their slots and reads all.
         slots = self._pool.take(before)
@@ -208,35 +218,50 @@ class PrefixLM:
         ]
         return logits, new_states
 
+    def _begin(self) -> None:
+        """Before the first prefix: the model may be on another device, its weights other ones."""
+        layers = self._pool.layers
+        if layers and (layers[0].device, layers[0].dtype) != (self.model.device, self.model.dtype):
+            self._pool.forget()
+        if self._fast is not None:
+            self._fast.refresh()
+
     def _forward(
-        self, tokens: torch.Tensor, table: np.ndarray, mask: torch.Tensor, positions: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        table: np.ndarray,
+        padding: Optional[np.ndarray],
+        positions: np.ndarray,
     ) -> torch.Tensor:
         """Logits (N, V) float32 after new tokens (N, T) at ``positions`` (N, T).
 
         Args:
             tokens: The new tokens.
             table: Slots (N, P + T), of which the last T are theirs.
-            mask: What is no padding (N, P + T).
+            padding: What is no padding (N, P + T); None: nothing is.
             positions: Of the new tokens.
         """
-        slots = torch.from_numpy(table).to(tokens.device)
-        layers, new = self.config.num_hidden_layers, tokens.size(1)
-        hidden: Optional[torch.Tensor] = mask.long()
-        if new == 1:
+        device, layers, new = tokens.device, self.config.num_hidden_layers, tokens.size(1)
+        slots, at = torch.from_numpy(table).to(device), torch.from_numpy(positions).to(device)
+        mask = None if padding is None else torch.from_numpy(padding).to(device)
+        self.num_forwards += 1
+        self.num_token_forwards += tokens.numel()
+        if self._fast is not None and new == 1 and not self.model.training:
+            return self._fast(tokens[:, 0], self._pool, slots, mask, at[:, 0]).float()
+        hidden: Optional[torch.Tensor] = None
+        if new > 1:
+            hidden = torch.ones_like(slots) if mask is None else mask.long()
+        elif mask is not None:
             # A model's own making of the mask takes as long as two layers of a small model.
-            if bool(mask.all()):
-                hidden = None
-            elif self._takes_masks_as_they_are:
-                hidden = mask[:, None, None, :]
+            takes_it = self._takes_masks_as_they_are
+            hidden = mask[:, None, None, :] if takes_it else mask.long()
         output = self.model(
             input_ids=tokens,
             attention_mask=hidden,
-            position_ids=positions,
+            position_ids=at,
             past_key_values=pooled_cache(self._pool, slots, layers, new),
             use_cache=True,
         )
-        self.num_forwards += 1
-        self.num_token_forwards += tokens.numel()
         return output.logits[:, -1].float()
 
     def _within_context(self, state: Optional[PrefixState]) -> Optional[PrefixState]:
@@ -281,10 +306,9 @@ class PrefixLM:
                 before = slots[-1] if slots else state.slot
                 slots += self._pool.take(np.array([before])).tolist()
             end = state.seen + len(tokens)
-            positions = torch.arange(end, device=self.model.device)[None]
             table = self._pool.paths(np.array(slots[-1:]), end)
             new = torch.tensor([tokens], device=self.model.device)
-            self._forward(new, table, positions >= 0, positions[:, state.seen :])
+            self._forward(new, table, None, np.arange(state.seen, end)[None])
         except BaseException:
             for slot in slots:
                 self._pool.release(slot)
@@ -309,6 +333,20 @@ class PrefixLM:
         self.num_token_forwards += int(lengths.sum())
         last = torch.arange(len(rows), device=device)
         return logits[last, lengths - 1].float(), new_states
+
+    def _checked_fast(self) -> Optional[FastLlama]:
+        """The lean forward of the model, if there is one and it computes the same."""
+        if why_not_fast(self.model) or _why_not_pooled(self.config):
+            return None
+        try:
+            self._fast = FastLlama(self.model)
+            reason = self._check_cache()
+        except Exception as error:  # whatever it is, the model's own forward remains
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            return self._fast
+        logging.warning("%s decodes by its own forward: %s", type(self.model).__name__, reason)
+        return None
 
     @torch.no_grad()
     def _check_cache(self) -> Optional[str]:

@@ -119,7 +119,7 @@ class TestMemory:
         logits, _ = lm.step([5, 6], states)
         expected = torch.stack([full(lm.model, prefix + [5]), full(lm.model, prefix[::-1] + [6])])
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        assert lm._pool.keys[0].shape[0] == 128
+        assert lm._pool.layers[0].shape[0] == 128
 
     def test_freed_slots_are_used_again(self, lm):
         for _ in range(20):
@@ -140,10 +140,10 @@ class TestMemory:
     def test_failed_forward_leaks_nothing(self, lm, monkeypatch):
         state = state_of(lm, [1])
 
-        def fail(**kwargs):
+        def fail(*args):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(lm.model, "forward", fail)
+        monkeypatch.setattr(lm, "_forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             lm.step([1, 2], [state, None])
         assert lm.num_slots == 1
@@ -251,11 +251,11 @@ class TestContext:
         lm = PrefixLM(tiny_model("llama", max_position_embeddings=20))
         state = state_of(lm, LONG[:20])
 
-        def fail(**kwargs):
+        def fail(*args):
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(lm.model, "forward", fail)
+            patch.setattr(lm, "_forward", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 lm.step([1], [state])
         assert lm.num_slots == 20
