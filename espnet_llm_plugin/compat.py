@@ -133,3 +133,18 @@ def _patch_torch_save() -> None:
 
     save.replaces_atomically = True
     torch.save = save
+
+
+def enable_gradient_checkpointing(model) -> None:
+    """Recompute the layers of a Hugging Face model in the backward pass, where it is in training.
+
+    transformers 5.23 deprecates ``gradient_checkpointing_enable`` for a name that 5.0 has not. Both
+    also make all embeddings require gradients, which only the reentrant kind of checkpointing
+    needs, and which fails under ``torch.inference_mode``.
+
+    Raises:
+        ValueError: The model has no checkpointing.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
