@@ -1,4 +1,4 @@
-"""Print the ``--init_param`` values that start a transducer from a trained CTC model."""
+"""Print the ``--init_param`` values that start another model from a trained CTC model."""
 
 import argparse
 from typing import Optional, Sequence
@@ -12,7 +12,7 @@ from espnet_llm_plugin.transducer.ctc_init import init_params
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ctc", required=True, help="Checkpoint (.pth) of the CTC model")
-    parser.add_argument("--config", required=True, help="Training configuration of the transducer")
+    parser.add_argument("--config", required=True, help="Training configuration of that model")
     return parser
 
 

@@ -30,6 +30,20 @@ def test_rnnt_with_auxiliary_ctc(checkpoint):
 
 
 @pytest.mark.parametrize(
+    "config, parts",
+    [
+        ({}, ["encoder"]),
+        ({"model_conf": {"ctc_weight": 0.3}}, ["encoder", "ctc"]),
+        ({"decoder_conf": {"adapter": "ctc_compression"}}, ["encoder", "ctc"]),
+        ({"decoder_conf": {"adapter": "frame_stacking"}}, ["encoder"]),
+    ],
+)
+def test_speech_llm(checkpoint, config, parts):
+    expected = [f"{checkpoint}:{part}:{part}" for part in parts]
+    assert init_params(checkpoint, {"model": "speech_llm", **config}) == expected
+
+
+@pytest.mark.parametrize(
     "config, message",
     [
         ({"model": "espnet"}, "model: espnet"),
