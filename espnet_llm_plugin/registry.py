@@ -3,7 +3,7 @@
 import importlib
 from dataclasses import dataclass
 
-from espnet_llm_plugin import compat, compat_samplers
+from espnet_llm_plugin import compat, compat_optimizers, compat_samplers
 from espnet_llm_plugin.errors import UserError
 
 
@@ -77,6 +77,12 @@ ENTRIES = (
         "espnet_llm_plugin.llm.copy_model:CopyLanguageModel",
         "training of causal_llm that makes it copy from its context (a small LLM for a speech LLM)",
     ),
+    Entry(
+        "optim",
+        "adamw_groups",
+        "espnet_llm_plugin.optimizers:AdamWGroups",
+        "AdamW with a factor of the learning rate, and frozen updates, by parameter name",
+    ),
 )
 
 # Where ESPnet keeps the classes of each kind: (module, name of the ClassChoices).
@@ -87,6 +93,7 @@ CHOICES = {
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),
     "lm_model": ("espnet2.tasks.lm", "model_choices"),  # --model of LMTask
+    "optim": ("espnet2.tasks.abs_task", "optim_classes"),  # a dictionary
 }
 
 
@@ -108,21 +115,24 @@ def register(kinds: tuple[str, ...] = tuple(CHOICES)) -> None:
     compat.import_quietly("espnet2.train.trainer")
     compat.patch_espnet_trainer()
     compat_samplers.patch_category_samplers()
+    compat_optimizers.patch_build_optimizers()
 
 
 def add(choices, entry: Entry) -> None:
-    """Add one entry to an ESPnet ``ClassChoices``."""
+    """Add one entry to an ESPnet ``ClassChoices``, or to its dictionary of optimizers."""
     cls = entry.load()
-    existing = choices.classes.get(entry.name)
+    classes = getattr(choices, "classes", choices)
+    existing = classes.get(entry.name)
     if existing is not None and existing is not cls:
         raise UserError(
             f"cannot register the {entry.kind} `{entry.name}` as {entry.path}: this ESPnet already "
             f"has {existing.__module__}.{existing.__qualname__} under that name. Use a version of "
             f"the plugin made for this ESPnet, or remove the other registration"
         )
-    if choices.base_type is not None and not issubclass(cls, choices.base_type):
-        raise UserError(f"{entry.path} is not a {choices.base_type.__name__}, as ESPnet expects")
-    choices.classes[entry.name] = cls
+    base_type = getattr(choices, "base_type", None)
+    if base_type is not None and not issubclass(cls, base_type):
+        raise UserError(f"{entry.path} is not a {base_type.__name__}, as ESPnet expects")
+    classes[entry.name] = cls
 
 
 def table() -> str:

@@ -210,7 +210,23 @@ def load_causal_lm(
             f"the weights of LLM {directory} lack {len(wrong)} tensors of the model or have them "
             f"in another shape, e.g. {', '.join(wrong[:3])}; they do not belong to its config.json."
         )
+    _check_tied(model, directory)
     return model.eval().requires_grad_(False)
+
+
+def _check_tied(model: Any, directory: Path) -> None:
+    """Refuse two embedding tables where the configuration announces one."""
+    output = model.get_output_embeddings()
+    if output is None or not model.config.get_text_config().tie_word_embeddings:
+        return
+    if output.weight is not model.get_input_embeddings().weight:
+        # transformers keeps both and only logs it; the next save or another version drops one
+        raise UserError(
+            f"LLM {directory} is tied by its config.json (tie_word_embeddings: true), but its "
+            "weights hold different embeddings for input and output, as after an adaptation that "
+            "untied them. Set tie_word_embeddings to false in config.json to use both tables, or "
+            "remove that of the output layer from the weights."
+        )
 
 
 class FrozenLLM:
