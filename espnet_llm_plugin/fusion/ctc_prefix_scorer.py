@@ -255,10 +255,9 @@ class CTCPrefixScorer:
         phi = state.forward[rows, :-1]
         again = (columns == state.last[rows]).nonzero().squeeze(1)
         if len(again):
-            # A blank must come between: b[t+1] = a[t] p_t(blank).
+            # A blank must come between: b[t+1] = a[t] p_t(blank). a[0] is zero already.
             blanks = self._blanks[state.utterances[rows[again]], :-1].diff(dim=1)
             phi[again, 1:] = phi[again, :-1] + blanks
-            phi[again, 0] = -torch.inf
         return phi
 
     def _column_log_probs(self, utterances: Tensor, columns: Tensor) -> Tensor:

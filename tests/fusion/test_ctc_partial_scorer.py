@@ -92,3 +92,18 @@ def test_a_weight_of_zero_leaves_finite_scores(models):
     assert scores.shape == (1, VOCAB)
     assert torch.isfinite(scores).all()
     assert int((scores == -1e10).sum()) == VOCAB - 4
+
+
+def test_hypotheses_of_different_steps_in_one_batch(models):
+    scorer = CTCPartialScorer(models[0], VOCAB - 1)
+    with torch.no_grad():
+        start = scorer.batch_init_state(utterance())
+        _, first = scorer.batch_score_partial(None, None, [start], None)
+        _, second = scorer.batch_score_partial(None, None, [start], None)
+        chosen = [(first, 3), (second, 5), (first, 7)]
+        states = [scorer.select_state(scored, 0, label) for scored, label in chosen]
+        together, _ = scorer.batch_score_partial(None, None, states, None)
+        for row, state in zip(together, states):
+            alone, _ = scorer.batch_score_partial(None, None, [state], None)
+            torch.testing.assert_close(row, alone[0])
+    assert (together[0] - together[1]).abs().max() > 0.1

@@ -126,6 +126,25 @@ def test_espnets_batch_scorer(dtype, atol, spread):
     walk_with_espnet(log_probs, lengths, 4, 12, check)
 
 
+def test_neither_sure_blanks_nor_unused_labels_are_summed_one_by_one(monkeypatch):
+    """Labels below exp(-100) in every frame of blank, and rows of the CTC output masked out."""
+    logits = posteriors((1, 30, 40), dtype=torch.float32)
+    logits[:, :, 0] += 110.0
+    logits[:, ::10, 0] -= 220.0
+    logits[:, :, 20:39] = -torch.inf
+    scorer = CTCPrefixScorer(logits.log_softmax(-1), torch.tensor([30]))
+    direct = scorer._cells
+
+    def cells(state, rows, columns, repetitions=True):
+        assert repetitions, f"{len(rows)} sums of the matrix product were not trusted"
+        return direct(state, rows, columns)
+
+    monkeypatch.setattr(scorer, "_cells", cells)
+    state = walk(scorer, [5, 5, 7])  # all three peaks: what follows is in frames of blank
+    assert (scorer.next_log_probs(state)[0, 1:20] < -90).all()
+    assert (scorer.next_log_probs(state)[0, 20:39] == -torch.inf).all()
+
+
 def test_espnets_single_scorer():
     log_probs = posteriors((2, 40, 20), dtype=torch.float32)
     lengths = torch.tensor([40, 25])
