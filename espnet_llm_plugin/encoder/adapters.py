@@ -104,6 +104,15 @@ class SpeechAdapter(torch.nn.Module, ABC):
         return embeddings.masked_fill(padding, 0.0), lengths.to(hlens.dtype)
 
     @abstractmethod
+    def describe(self, frame_ms: Optional[float]) -> str:
+        """What an embedding stands for, in words for the log.
+
+        Args:
+            frame_ms: milliseconds per encoder frame, None if not known; see
+                :func:`~espnet_llm_plugin.encoder.stride.encoder_frame_ms`.
+        """
+
+    @abstractmethod
     def reduce(
         self,
         hs: Tensor,
@@ -183,6 +192,9 @@ class FrameStackingAdapter(SpeechAdapter):
         )
         self.scale = TextScale(hidden_size, text_scale) if match_text_scale else None
 
+    def describe(self, frame_ms: Optional[float]) -> str:
+        return _describe_stack(self.stack, frame_ms)
+
     def reduce(self, hs, hlens, ctc_log_probs, label_embeddings):
         stacked, lengths = stack_frames(hs, hlens, self.stack)
         embeddings = self.projection(stacked)
@@ -224,6 +236,13 @@ class CTCCompressionAdapter(SpeechAdapter):
             projection, encoder_output_size, hidden_size, projection_units, dropout_rate
         )
         self.scale = TextScale(hidden_size, text_scale) if match_text_scale else None
+
+    def describe(self, frame_ms: Optional[float]) -> str:
+        frames = "encoder frames" if frame_ms is None else f"encoder frames of {frame_ms:g} ms"
+        return (
+            f"one embedding per run of {frames} with one CTC label (probability from "
+            f"{self.threshold:g} on)"
+        )
 
     def reduce(self, hs, hlens, ctc_log_probs, label_embeddings):
         segments, counts = ctc_segments(ctc_log_probs, hlens, self.threshold)
@@ -284,6 +303,9 @@ class CTCEmbeddingAdapter(SpeechAdapter):
         self.scale = TextScale(hidden_size, text_scale)
         self.gate = torch.nn.Parameter(torch.tensor(float(gate)))
 
+    def describe(self, frame_ms: Optional[float]) -> str:
+        return _describe_stack(self.stack, frame_ms) + ", with the CTC's expected text embedding"
+
     def reduce(self, hs, hlens, ctc_log_probs, label_embeddings):
         stacked, lengths = stack_frames(hs, hlens, self.stack)
         learnt = self.gate * self.scale(self.projection(stacked))
@@ -296,6 +318,12 @@ class CTCEmbeddingAdapter(SpeechAdapter):
         expected = (summed / total).to(labels.dtype) @ labels
         expected = expected + (self.blank_weight / total).to(labels.dtype) * silence
         return expected.to(learnt.dtype) + learnt, lengths
+
+
+def _describe_stack(stack: int, frame_ms: Optional[float]) -> str:
+    if frame_ms is None:
+        return f"one embedding per {stack} encoder frames"
+    return f"one embedding per {stack * frame_ms:g} ms ({stack} encoder frames of {frame_ms:g} ms)"
 
 
 ADAPTERS: dict[str, type[SpeechAdapter]] = {
