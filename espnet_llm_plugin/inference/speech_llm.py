@@ -247,20 +247,20 @@ class SpeechLLMRecognizer:
         """Scorers that begin after prompt and audio embeddings (B, P, D), of which (B,) count."""
         prompt = self.decoder.prompt
         state = self.decoder.interface.start(embeddings, lengths, prompt.before, prompt.after)
-        return lambda: LLMScorer(self.decoder.interface, state, self.decoder.scored)
+        return lambda: LLMScorer(self.decoder, state, self.decoder.scored)
 
     def _within_context(self, embeddings: Sequence[int], longest: Sequence[int]) -> list[int]:
         """Length limits (B) that the LLM's context allows after so many embeddings (B)."""
-        context = self.decoder.llm.context
+        context, prompt = self.decoder.context, self.decoder.prompt.length
         if context is None:
             return list(longest)
-        room = [context - number - self.decoder.prompt.length for number in embeddings]
+        taken = embeddings if self.decoder.interface.audio_takes_positions else [0] * len(longest)
+        room = [context - number - prompt for number in taken]
         if min(room) < 1:
             raise UtteranceError(
-                f"its audio is {max(embeddings)} embeddings and the prompt "
-                f"{self.decoder.prompt.length} tokens, which leave no room for text in the "
-                f"{context} tokens that the LLM can see: cut it by --long_form silence (or ctc) "
-                "and a smaller --max_segment_seconds"
+                f"its audio is {max(taken)} embeddings and the prompt {prompt} tokens, which leave "
+                f"no room for text in the {context} tokens that the LLM can see: cut it by "
+                "--long_form silence (or ctc) and a smaller --max_segment_seconds"
             )
         return [min(most, tokens) for most, tokens in zip(longest, room)]
 

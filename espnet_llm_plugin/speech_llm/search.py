@@ -139,6 +139,7 @@ class LabelSearch:
         limit = torch.tensor(list(max_tokens), device=device)
         least = torch.tensor(list(min_tokens or [0] * utterances), device=device)
         longest_least = int(least.max())
+        forbidden = torch.tensor(self.forbidden, dtype=torch.long, device=device)
         trie = Trie(device)
         beam = Beam.start(utterances, len(names), self.sos, device)
         loops = self.guard.start(utterances, device)
@@ -158,8 +159,8 @@ class LabelSearch:
                 rows.append(ctc.score())
             # 2. Their weighted sum; what may not follow.
             total = weighted_sum(beam.total.view(-1, 1) + self.weights.penalty, rows, scale)
-            if candidates is None and self.forbidden:
-                total[:, list(self.forbidden)] = -torch.inf
+            if candidates is None and len(forbidden):
+                total.index_fill_(1, forbidden, -torch.inf)
             if loops is not None:
                 forbid(total, *loops.forbidden(), candidates, beam.width)
             if step < longest_least:

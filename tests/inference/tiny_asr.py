@@ -73,6 +73,29 @@ def make_asr(directory: Path, kind: str, seed: int = 0, encoder: str = _ENCODER)
     return _make(ASRTask, directory, encoder + _MODELS[kind])
 
 
+def make_speech_llm(
+    directory: Path,
+    llm: Path,
+    tokens: list[str] = TOKENS,
+    ctc_weight: float = 0.3,
+    token_type: str = "char",
+    decoder_conf: str = "",
+) -> Files:
+    """A speech LLM with random weights; ``decoder_conf``: more YAML, ``, key: value``."""
+    registry.register()
+    from espnet2.tasks.asr import ASRTask
+
+    torch.manual_seed(0)
+    conf = f"""
+model: speech_llm
+model_conf: {{ctc_weight: {ctc_weight}}}
+decoder: speech_llm
+decoder_conf: {{llm: {llm}, tuning: frozen, adapter_conf: {{stack: 2}}{decoder_conf}}}
+"""
+    encoder = _ENCODER.replace("token_type: char", f"token_type: {token_type}")
+    return _make(ASRTask, directory, encoder + conf, tokens)
+
+
 def make_lm(directory: Path, kind: str, tokens: list[str] = TOKENS, seed: int = 0) -> Files:
     """``seq_rnn`` or ``transformer``."""
     registry.register()
