@@ -38,10 +38,14 @@ class TextLoss(NamedTuple):
         return self.correct.sum() / self.tokens.sum()
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def text_loss(
     logits: Tensor, targets: Tensor, lengths: Tensor, scored: Tensor, smoothing: float = 0.0
 ) -> TextLoss:
-    """Losses of a batch; builds one float32 copy of the logits and no (B, U, V) targets.
+    """Losses of a batch, in float32 also under autocast (the sum of all logits overflows float16).
+
+    Builds one float32 copy of the logits and no (B, U, V) targets.
 
     With smoothing e a target's token has weight 1 - e and each other token that can be text
     e / (S - 1), S tokens that can be text in all, as in ESPnet's ``LabelSmoothingLoss`` (which has

@@ -66,3 +66,15 @@ def test_padding_has_no_effect():
         0.1,
     )
     torch.testing.assert_close(other, text_loss(logits, targets, lengths, scored, 0.1))
+
+
+def test_half_precision_of_the_model_is_not_that_of_the_loss():
+    """A vocabulary of an LLM: the sum of its logits is beyond float16."""
+    torch.manual_seed(0)
+    logits = (torch.randn(1, 3, 40000) - 4).half()
+    targets, scored = torch.tensor([[3, 4, 5]]), torch.ones(40000, dtype=torch.bool)
+    expected = text_loss(logits.float(), targets, torch.tensor([3]), scored, 0.1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = text_loss(logits, targets, torch.tensor([3]), scored, 0.1)
+    assert loss.smoothed.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
