@@ -25,6 +25,9 @@ from espnet_llm_plugin.speech_llm.hypothesis import (
 )
 from espnet_llm_plugin.transducer.hypothesis import SearchError
 
+# Columns of the blocks in which the best scores are looked for, and from how many columns on.
+BLOCK, SMALL = 64, 16384
+
 
 class TokenScorer(Protocol):
     """Log-probabilities of every next token; used for one batch of utterances."""
@@ -170,19 +173,19 @@ class LabelSearch:
             # 3. The 2 K best extensions.
             total = total.view(len(beam), -1)
             width = total.size(1) // beam.width
-            best = total.topk(min(2 * self.beam_size, total.size(1)), dim=1)
-            check_numbers(best.values, beam.utterance)
-            place = best.indices.div(width, rounding_mode="floor")
-            column = best.indices - place * width
+            values, indices = best_of(total, min(2 * self.beam_size, total.size(1)))
+            check_numbers(values, beam.utterance)
+            place = indices.div(width, rounding_mode="floor")
+            column = indices - place * width
             token = column if candidates is None else candidates.gather(1, column)
             row = place + torch.arange(len(beam), device=device)[:, None] * beam.width
             added = torch.stack([scores[row, column] for scores in rows], dim=2)
-            found = beam.extensions(best.values, place, token, added)
+            found = beam.extensions(values, place, token, added)
             # 4. Some are finished: by the end symbol, or because they are long enough.
             last = (limit[beam.utterance] == step + 1)[:, None]
             is_end = token == self.eos
             in_beam = torch.arange(token.size(1), device=device) < self.beam_size
-            ends = (is_end | last) & in_beam & (best.values > -torch.inf)
+            ends = (is_end | last) & in_beam & (values > -torch.inf)
             finished.add(found, ends, is_end, step + 1, self.weights.length_norm)
             # 5. The K best others go on.
             order = is_end.long().argsort(dim=1, stable=True)[:, : self.beam_size]
@@ -215,6 +218,26 @@ class LabelSearch:
         if self.weights.only_falls:
             done |= ~(top > finished.ranking[at, self.nbest - 1])
         return done
+
+
+def best_of(scores: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``topk`` of scores (A, C): values and indices (A, ``number``), faster where C is large.
+
+    The best numbers are among the blocks with the best maxima, as many as numbers are wanted.
+    """
+    rows, columns = scores.shape
+    if columns < SMALL:
+        return scores.topk(number, dim=1)
+    whole = columns // BLOCK * BLOCK
+    blocks = scores[:, :whole].view(rows, -1, BLOCK)
+    chosen = blocks.amax(dim=2).topk(min(number, blocks.size(1)), dim=1).indices[:, :, None]
+    inside = torch.arange(columns, device=scores.device)
+    some = blocks.gather(1, chosen.expand(-1, -1, BLOCK)).flatten(1)
+    index = (chosen * BLOCK + inside[:BLOCK]).flatten(1)
+    some = torch.cat([some, scores[:, whole:]], dim=1)
+    index = torch.cat([index, inside[whole:].expand(rows, -1)], dim=1)
+    best = some.topk(number, dim=1)
+    return best.values, index.gather(1, best.indices)
 
 
 def pick(scores: torch.Tensor, candidates: torch.Tensor, width: int) -> torch.Tensor:

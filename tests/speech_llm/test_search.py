@@ -7,6 +7,7 @@ import torch
 from espnet.nets.e2e_asr_common import end_detect
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.speech_llm import search as search_module
 from espnet_llm_plugin.speech_llm.beam import Beam, Finished
 from espnet_llm_plugin.speech_llm.guards import RepetitionGuard
 from espnet_llm_plugin.speech_llm.hypothesis import LabelHypothesis, SearchWeights
@@ -273,6 +274,18 @@ def test_repetition_guard_changes_nothing_without_loops():
         search_of(beam_size=3, weights=weights, guard=RepetitionGuard(4)), range(4), ctc=ctc
     )
     assert free == guarded
+
+
+@pytest.mark.parametrize("columns", [64, 1000, 1003, 20000, 20011])
+@pytest.mark.parametrize("number", [1, 8, 64])
+def test_best_of_is_topk(monkeypatch, columns, number):
+    monkeypatch.setattr(search_module, "SMALL", 64)
+    scores = torch.randn(3, columns)
+    scores[1, columns // 2 :] = -torch.inf
+    values, indices = search_module.best_of(scores, number)
+    assert torch.equal(values, scores.topk(number, dim=1).values)
+    assert torch.equal(values, scores.gather(1, indices))
+    assert all(len(set(row)) == number for row in indices.tolist())
 
 
 def test_broken_scores_are_an_error():
