@@ -154,7 +154,7 @@ class SpeechAdapter(torch.nn.Module, ABC):
 
 
 class FrameStackingAdapter(SpeechAdapter):
-    """``n`` frames side by side, projected (arXiv 2307.11795, section 3; 2603.15045).
+    """``n`` frames side by side, projected (arXiv 2307.11795; 2603.15045).
 
     Args:
         encoder_output_size: E.

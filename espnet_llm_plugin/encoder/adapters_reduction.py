@@ -22,8 +22,7 @@ def stack_frames(frames: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tenso
 
     The last group of an utterance is completed with zero frames: they add nothing to the linear
     layer that follows, no frame counts twice, and no speech is dropped, which at strides of up to
-    a second would be a word. T frames give ceil(T / n) positions, as in arXiv 2307.11795 ("stack
-    every n consecutive frames").
+    a second would be a word. T frames give ceil(T / n) positions (arXiv 2307.11795).
 
     Args:
         frames: (B, T, E).
