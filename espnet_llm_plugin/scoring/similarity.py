@@ -152,9 +152,9 @@ def draw_similarity(
     axes.set_yticks(range(num_tokens), [token.replace("$", r"\$") for token in tokens])
     axes.set_xlabel("audio embedding" if frame_ms is None else "seconds")
     order = monotonicity(similarity)
-    title = "Cosine similarity of audio and text embeddings"
-    axes.set_title(title if order is None else f"{title}, rank correlation {order:.2f}", loc="left")
-    axes.figure.colorbar(image, ax=axes)
+    if order is not None:
+        axes.set_title(f"rank correlation {order:.2f}", loc="left")
+    axes.figure.colorbar(image, ax=axes, label="cosine similarity")
 
 
 def _normalised(vectors: np.ndarray) -> np.ndarray:

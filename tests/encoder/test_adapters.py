@@ -198,6 +198,18 @@ def test_half_precision(name):
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
+@every_adapter
+def test_mixed_precision(name, conf):
+    hs, hlens, log_probs, labels = (x.float() if x.is_floating_point() else x for x in batch())
+    adapter = build_adapter(name, ENCODER, HIDDEN, text_scale=0.2, **conf)
+    expected, _ = adapter.eval()(hs, hlens, log_probs, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = adapter(hs, hlens, log_probs, labels)
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.05)
+    found.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+
+
 @pytest.mark.parametrize("n", (1, 2, 3, 6, 12))
 def test_strides_of_80_to_960_ms(n):
     frames, lengths = torch.randn(3, 25, 4), torch.tensor([25, 24, 1])
