@@ -109,19 +109,19 @@ class FastLlama:
             mask: What is no padding (N, P); None: nothing is.
             positions: Of the new tokens (N).
         """
-        new = slots[:, -1]
-        cos, sin = self._rotation(positions)
+        number, new = tokens.size(0), slots[:, -1]
+        cos, sin = self._rotation(positions, slots.size(1))
         half, rotated = cos.size(-1) // 2, self.heads + self.kv_heads
         x = functional.embedding(tokens, self._embedding)
         if mask is not None:  # once what attention would do with it in each layer
             mask = x.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None, :]
         for n, layer in enumerate(self._layers):
             # 1. Queries, keys and values (N, heads, D) in one tensor, the first two rotated.
-            y = functional.rms_norm(x, layer.norm.shape, layer.norm, self.eps)
-            qkv = _project(y, layer.qkv).view(len(x), rotated + self.kv_heads, -1)
+            y = torch.rms_norm(x, layer.norm.shape, layer.norm, self.eps)
+            qkv = _project(y, layer.qkv).view(number, rotated + self.kv_heads, -1)
             qk = qkv[:, :rotated]
             if layer.head_norm is not None:
-                normed = functional.rms_norm(qk, qk.shape[-1:], None, self.eps)
+                normed = torch.rms_norm(qk, qk.shape[-1:], None, self.eps)
                 torch.mul(normed, layer.head_norm, out=qk)
             other = qk.roll(half, -1)
             qk.mul_(cos).addcmul_(other, sin)
@@ -136,24 +136,23 @@ class FastLlama:
             keys, values = found.unbind(2)
             queries = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))
             y = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
-            x = _add_projected(x, y.reshape(len(x), -1), layer.out)
+            x = _add_projected(x, y.reshape(number, -1), layer.out)
 
             # 3. Feed-forward.
-            y = functional.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self.eps)
+            y = torch.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self.eps)
             gate, up = _project(y, layer.gate_up).chunk(2, -1)
             x = _add_projected(x, functional.silu(gate).mul_(up), layer.down)
-        x = functional.rms_norm(x, self._norm.shape, self._norm, self.eps)
+        x = torch.rms_norm(x, self._norm.shape, self._norm, self.eps)
         return functional.linear(x, *self._head)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (N, 1, D), the sines' first half negative."""
+    def _rotation(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (N, 1, D) at positions below ``length``, half of the sines negative."""
         if self._moving:
             cos, sin = self._angles(positions[None])
             return cos[0, :, None], sin[0, :, None]
-        last = int(positions.max())
-        if self._tables is None or last >= len(self._tables[0]):
-            length = 64 if self._tables is None else 2 * len(self._tables[0])
-            every = torch.arange(max(length, last + 1), device=positions.device)
+        if self._tables is None or self._tables[0].size(0) < length:
+            known = 32 if self._tables is None else self._tables[0].size(0)
+            every = torch.arange(max(length, 2 * known), device=positions.device)
             with torch.inference_mode(False):
                 cos, sin = self._angles(every[None])
             self._tables = cos[0, :, None], sin[0, :, None]

@@ -188,9 +188,9 @@ class PrefixLM:
     def _step(
         self, tokens: list[int], states: Sequence[Optional[PrefixState]]
     ) -> tuple[torch.Tensor, list[PrefixState]]:
-        device = self.model.device
         if not self._pool.used:
             self._begin()
+        device = self._device
         # 1. Slots of the past and of the new token, padded at the LEFT: the new token is the last
         #    column of every row, so that the causal and the sliding-window mask are those of
         #    unpadded rows.
@@ -220,8 +220,9 @@ class PrefixLM:
 
     def _begin(self) -> None:
         """Before the first prefix: the model may be on another device, its weights other ones."""
+        self._device = self.model.device  # transformers looks through the parameters for it
         layers = self._pool.layers
-        if layers and (layers[0].device, layers[0].dtype) != (self.model.device, self.model.dtype):
+        if layers and (layers[0].device, layers[0].dtype) != (self._device, self.model.dtype):
             self._pool.forget()
         if self._fast is not None:
             self._fast.refresh()

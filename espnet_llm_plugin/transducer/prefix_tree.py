@@ -31,14 +31,14 @@ class RowStore:
     def put(self, name: str, nodes: torch.Tensor, values: torch.Tensor) -> None:
         """Set the rows of nodes (M) to values (M, ...)."""
         rows = self._rows.get(name)
-        needed = int(nodes.max()) + 1 if len(nodes) else 0
+        needed = int(nodes.max()) + 1 if nodes.numel() else 0
         if rows is None or rows.size(0) < needed:
             size = max(64, 2 * (0 if rows is None else rows.size(0)), needed)
             grown = values.new_zeros(size, *values.shape[1:])
             if rows is not None:
                 grown[: rows.size(0)] = rows
             rows = self._rows[name] = grown
-        rows[nodes.to(rows.device)] = values
+        rows.index_copy_(0, nodes.to(rows.device), values.to(rows.dtype))
 
 
 class PrefixTree:

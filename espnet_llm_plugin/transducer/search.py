@@ -204,10 +204,9 @@ class TransducerSearch:
             if not wanted.any():
                 break
             index = np.nonzero(wanted)[0]
-            # The first label of a frame may be any hypothesis' that has lived to it: if networks
-            # must run, they run for all of these. Later ones are few, and may not live.
-            together = node if symbols == 0 else node[index]
-            totals = chunk.totals(cells, index, rows[row[index]], node[index], together)
+            # If networks must run, they run for all hypotheses of this level: most of those not
+            # wanted yet will be wanted in the next frame, and a call costs more than a prefix.
+            totals = chunk.totals(cells, index, rows[row[index]], node[index], together=node)
             best = check_scores(numpy(totals.amax(dim=1)), at[row[index]])
 
             # 3. The best of them, and those that survive.

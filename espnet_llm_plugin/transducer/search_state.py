@@ -159,13 +159,19 @@ class RowScales:
         if len(self._forbidden):
             labels.index_fill_(1, self._forbidden.to(labels.device), -torch.inf)
         if self.uses_beta:
-            labels.addcmul_(tree.pool.lm(nodes), self._of(self.beta, rows, labels))
+            _add(labels, self.beta[rows], tree.pool.lm(nodes))
         if self.uses_external:
-            labels.addcmul_(tree.external_rows(nodes), self._of(self.lm_weight, rows, labels))
+            _add(labels, self.lm_weight[rows], tree.external_rows(nodes))
         if self._uses_bonus:
-            labels += self._of(self.bonus, rows, labels)
+            _add(labels, self.bonus[rows])
         return labels
 
-    @staticmethod
-    def _of(values: np.ndarray, rows: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(values[rows]).to(like)[:, None]
+
+def _add(labels: torch.Tensor, weights: np.ndarray, scores: Optional[torch.Tensor] = None) -> None:
+    """``labels`` (E, L) += ``weights`` (E) times ``scores`` (E, L), or times 1."""
+    if (weights == weights[0]).all():  # as in all searches with one setting
+        weight = float(weights[0])
+        labels.add_(weight) if scores is None else labels.add_(scores, alpha=weight)
+        return
+    column = torch.from_numpy(weights).to(labels)[:, None]
+    labels.add_(column) if scores is None else labels.addcmul_(scores, column)
