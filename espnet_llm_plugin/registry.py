@@ -60,10 +60,22 @@ ENTRIES = (
         "factorized transducer (FNT, MHAT, Transducer-Llama) with the exact low-memory loss",
     ),
     Entry(
+        "model",
+        "speech_llm",
+        "espnet_llm_plugin.speech_llm.model:SpeechLLMModel",
+        "encoder, adapter and LLM, trained on the text with auxiliary CTC",
+    ),
+    Entry(
         "decoder",
         "factorized_transducer",
         "espnet_llm_plugin.transducer.decoder:FactorizedTransducerDecoder",
         "label predictor (stateless, lstm or llm) and blank branch of a factorized transducer",
+    ),
+    Entry(
+        "decoder",
+        "speech_llm",
+        "espnet_llm_plugin.speech_llm.decoder:SpeechLLMDecoder",
+        "adapter and LLM (frozen, lora, full) that reads the audio; scores text step by step",
     ),
     Entry(
         "lm",

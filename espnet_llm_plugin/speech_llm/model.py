@@ -1,0 +1,354 @@
+"""The speech LLM as an ESPnet model: losses, statistics, and what is left out of a batch.
+
+B utterances, T encoder frames, E encoder width, P embeddings of the audio, U tokens, V tokens of
+the token list.
+"""
+
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+from espnet2.asr.ctc import CTC
+from espnet2.asr.espnet_model import ESPnetASRModel
+from espnet2.torch_utils.device_funcs import force_gatherable
+from torch import Tensor
+
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.model_parts import (
+    NO_WEIGHT,
+    TASK_ARGUMENTS,
+    SkipLog,
+    refuse_incomplete,
+    zero_loss,
+)
+from espnet_llm_plugin.options import refuse_unknown
+from espnet_llm_plugin.speech_llm import auxiliary
+from espnet_llm_plugin.speech_llm.auxiliary import CTCLoss, CTCVocabulary, VocabularyCTC
+from espnet_llm_plugin.speech_llm.decoder import Audio, SpeechLLMDecoder
+from espnet_llm_plugin.speech_llm.masking import mask_text
+from espnet_llm_plugin.speech_llm.prefix import PrefixInterface
+from espnet_llm_plugin.speech_llm.text_loss import TextLoss, text_loss
+
+
+class Batch(NamedTuple):
+    """The utterances of a batch that are trained on, trimmed to their longest."""
+
+    encoder_out: Tensor  # (B, T, E)
+    frame_lengths: Tensor  # (B,)
+    audio: Audio  # of the adapter
+    text: Tensor  # (B, U) token ids, padded with EOS
+    text_lengths: Tensor  # (B,)
+
+    def select(self, rows: Tensor) -> "Batch":
+        """The utterances at ``rows`` (K,), in that order."""
+        text_lengths = self.text_lengths[rows]
+        frames = self.frame_lengths[rows]
+        return Batch(
+            self.encoder_out[rows, : int(frames.max())],
+            frames,
+            self.audio.select(rows),
+            self.text[rows, : int(text_lengths.max())],
+            text_lengths,
+        )
+
+
+class SpeechLLMModel(ESPnetASRModel):
+    """Encoder, adapter and LLM trained with the cross-entropy of the text and auxiliary CTC.
+
+    [Prompting Large Language Models with Speech Recognition Abilities, arXiv 2307.11795; LLMs and
+    Speech: Integration vs. Combination, arXiv 2603.15045]
+
+    Args (``model_conf``):
+        ctc_weight: weight of the CTC loss on the encoder's output. The layer is ESPnet's ``ctc``:
+            ``--init_param`` can take it from a CTC model. With 0 there is none, or, if the adapter
+            needs it, one that stays as it was loaded.
+        ctc_vocabulary: labels of that CTC; by default the decoder's tokens, or an ASR token list of
+            its own: ``token_list`` and, for pieces, ``bpemodel``.
+        prefix_ctc_weight: weight of a CTC loss on the LLM's outputs at the audio.
+        prefix_ctc_vocabulary: its labels, as ``ctc_vocabulary``.
+        lsm_weight: label smoothing of the cross-entropy.
+        length_normalized_loss: losses per token and per CTC label (true) or per utterance (false).
+        text_mask: fraction F of the input tokens that are hidden in training.
+        text_mask_token: what replaces them; by default the unknown token.
+        shuffled_audio: in validation, score each transcript with another utterance's audio too.
+        extract_feats_in_collect_stats: as in ESPnet.
+
+    Statistics: ``loss`` = ``loss_ce`` + ctc_weight * ``loss_ctc`` + prefix_ctc_weight *
+    ``loss_prefix_ctc``; ``ce_per_token`` (nats, no smoothing), ``acc`` (of tokens, given the ones
+    before), ``num_skipped``, ``num_ctc_skipped`` and ``num_prefix_ctc_skipped`` (utterances with
+    more labels than frames, left out of that CTC only), and in validation ``shuffled_gap``: nats
+    per token by which another utterance's audio is worse than its own. Near 0 the LLM ignores the
+    audio, however low the loss; above 2 it relies on it.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        token_list: Sequence[str],
+        decoder: torch.nn.Module,
+        ctc: CTC,
+        joint_network: None = None,
+        ctc_weight: float = 0.0,
+        ctc_vocabulary: Optional[Mapping[str, Any]] = None,
+        prefix_ctc_weight: float = 0.0,
+        prefix_ctc_vocabulary: Optional[Mapping[str, Any]] = None,
+        lsm_weight: float = 0.0,
+        length_normalized_loss: bool = True,
+        text_mask: float = 0.0,
+        text_mask_token: Optional[str] = None,
+        shuffled_audio: bool = True,
+        extract_feats_in_collect_stats: bool = True,
+        **parts: Any,
+    ):
+        unknown = {key: value for key, value in parts.items() if key not in TASK_ARGUMENTS}
+        refuse_unknown(
+            "model_conf of 'speech_llm'", unknown, SpeechLLMModel.__init__, TASK_ARGUMENTS
+        )
+        if not isinstance(decoder, SpeechLLMDecoder):
+            raise UserError(
+                f"model 'speech_llm' needs decoder 'speech_llm', got {type(decoder).__name__}"
+            )
+        for name, value, upper in (
+            ("ctc_weight", ctc_weight, None),
+            ("prefix_ctc_weight", prefix_ctc_weight, None),
+            ("lsm_weight", lsm_weight, 1.0),
+            ("text_mask", text_mask, 1.0),
+        ):
+            if value < 0 or (upper is not None and value >= upper):
+                allowed = "0 or more" if upper is None else f"in [0, {upper:g})"
+                raise UserError(f"model_conf: {name} must be {allowed}, got {value}")
+        if text_mask_token is not None and not text_mask:
+            raise UserError("model_conf: text_mask_token is given, but text_mask is 0")
+        units = decoder.units
+        units.check_token_list(token_list)
+        with_ctc = ctc_weight > 0 or decoder.adapter.needs_ctc
+        if with_ctc:
+            ctc = _vocabulary_ctc(
+                ctc, auxiliary.ctc_vocabulary("ctc_vocabulary", ctc_vocabulary, units)
+            )
+        elif ctc_vocabulary is not None:
+            raise UserError("model_conf: ctc_vocabulary is of a CTC, but ctc_weight is 0")
+        super().__init__(
+            vocab_size=vocab_size,
+            token_list=list(token_list),
+            decoder=decoder,
+            ctc=ctc,
+            joint_network=None,
+            # ESPnet would drop the decoder at ctc_weight 1, and drops the CTC at 0
+            ctc_weight=0.5 if with_ctc else 0.0,
+            report_cer=False,
+            report_wer=False,
+            extract_feats_in_collect_stats=extract_feats_in_collect_stats,
+            **parts,
+        )
+        del self.criterion_att  # ours is text_loss
+        self.blank_id = 0
+        self.sos, self.eos = decoder.prompt.sos, units.eos
+        self.ctc_weight = ctc_weight
+        self.prefix_ctc_weight = prefix_ctc_weight
+        self.lsm_weight = lsm_weight
+        self.length_normalized_loss = length_normalized_loss
+        self.text_mask = text_mask
+        self.mask_token = units.mask_token(text_mask_token) if text_mask else None
+        self.shuffled_audio = shuffled_audio
+        if with_ctc:
+            decoder.use_ctc(self.ctc)
+            self.ctc.requires_grad_(ctc_weight > 0)
+        self.prefix_ctc: Optional[VocabularyCTC] = None
+        if prefix_ctc_weight:
+            if not isinstance(decoder.interface, PrefixInterface):
+                raise UserError(
+                    "model_conf: prefix_ctc_weight needs the LLM's outputs at the audio, which the "
+                    "interfaces merged and cross_attention do not compute"
+                )
+            vocabulary = auxiliary.ctc_vocabulary(
+                "prefix_ctc_vocabulary", prefix_ctc_vocabulary, units
+            )
+            self.prefix_ctc = VocabularyCTC(vocabulary, decoder.llm.hidden_size)
+        elif prefix_ctc_vocabulary is not None:
+            raise UserError(
+                "model_conf: prefix_ctc_vocabulary is of a CTC, but prefix_ctc_weight is 0"
+            )
+        self._skips = SkipLog()
+        self._last_audio: Optional[Audio] = None
+
+    def forward(
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, statistics and weight of a batch, as ESPnet's trainer wants them.
+
+        Utterances without an encoder frame, and those that with prompt and text do not fit the
+        LLM's context, are left out, counted (``num_skipped``) and logged once each. The weight is
+        the number of those left; a batch of which nothing is left has a loss of zero and next to
+        no weight.
+
+        Args:
+            speech: (B, samples, ...).
+            speech_lengths: (B,).
+            text: (B, U) token ids; what is beyond ``text_lengths`` does not matter.
+            text_lengths: (B,).
+            kwargs: ``utt_id``, the utterances' names.
+        """
+        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
+        if isinstance(encoder_out, tuple):
+            encoder_out = encoder_out[0]
+        batch, skipped = self._usable(
+            encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id")
+        )
+        if batch is None:
+            loss = encoder_out.sum() * 0.0 + zero_loss(self)
+            # the same statistics in the same order: distributed training sums them over processes
+            stats = {**dict.fromkeys(self._stat_names(), 0.0), "num_skipped": skipped}
+            return force_gatherable((loss, stats, NO_WEIGHT), loss.device)
+
+        ce, audio_outputs = self._text_loss(batch, batch.audio)
+        loss = ce.reduced(self.length_normalized_loss)
+        stats = {
+            "loss_ce": loss.detach(),
+            "ce_per_token": ce.per_token().detach(),
+            "acc": ce.accuracy(),
+            "num_skipped": skipped,
+        }
+        if self.ctc_weight:
+            ctc = self.ctc.loss(
+                batch.encoder_out, batch.frame_lengths, batch.text, batch.text_lengths
+            )
+            loss = loss + self.ctc_weight * self._ctc_loss("ctc", ctc, stats)
+        if self.prefix_ctc is not None:
+            ctc = self.prefix_ctc.loss(
+                audio_outputs, batch.audio.lengths, batch.text, batch.text_lengths
+            )
+            loss = loss + self.prefix_ctc_weight * self._ctc_loss("prefix_ctc", ctc, stats)
+        if self._scores_shuffled_audio():
+            stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
+        stats["loss"] = loss.detach()
+        return force_gatherable((loss, stats, float(len(batch.text))), loss.device)
+
+    def _stat_names(self) -> list[str]:
+        names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]
+        for name, weight in (("ctc", self.ctc_weight), ("prefix_ctc", self.prefix_ctc_weight)):
+            names += [f"loss_{name}", f"num_{name}_skipped"] if weight else []
+        return [*names, *(["shuffled_gap"] if self._scores_shuffled_audio() else []), "loss"]
+
+    def _ctc_loss(self, name: str, ctc: CTCLoss, stats: dict[str, Any]) -> Tensor:
+        loss = ctc.reduced(self.length_normalized_loss)
+        stats[f"loss_{name}"] = loss.detach()
+        stats[f"num_{name}_skipped"] = ctc.num_skipped
+        return loss
+
+    def _text_loss(self, batch: Batch, audio: Audio) -> tuple[TextLoss, Optional[Tensor]]:
+        """Cross-entropy of text and EOS given ``audio``; the LLM's outputs at the audio."""
+        tokens = torch.nn.functional.pad(batch.text, (1, 0), value=self.sos)
+        lengths = batch.text_lengths + 1
+        # the padding of the text is EOS already: one more column is that of the longest
+        targets = torch.nn.functional.pad(batch.text, (0, 1), value=self.eos)
+        if self.training and self.text_mask:
+            tokens = mask_text(tokens, lengths, self.text_mask, self.mask_token)
+        logits, audio_outputs = self.decoder.text_logits(audio, tokens, lengths)
+        smoothing = self.lsm_weight
+        return text_loss(logits, targets, lengths, self.decoder.scored, smoothing), audio_outputs
+
+    def _scores_shuffled_audio(self) -> bool:
+        return self.shuffled_audio and not self.training
+
+    @torch.no_grad()
+    def _shuffled_gap(self, batch: Batch, own: TextLoss) -> Tensor:
+        """Cross-entropy per token with the next utterance's audio, minus that with its own.
+
+        A batch of one utterance takes the audio of the batch before; the first one has NaN, which
+        ESPnet leaves out of its means.
+        """
+        other = self._last_audio
+        if len(batch.text) > 1:
+            other = batch.audio.select(torch.arange(len(batch.text)).roll(1))
+        self._last_audio = batch.audio.select(torch.tensor([0]))
+        if other is None:
+            return own.nll.new_tensor(float("nan"))
+        other = other.shorten(int(self.decoder.room(batch.text_lengths).min()))
+        return self._text_loss(batch, other)[0].per_token() - own.per_token()
+
+    def _usable(
+        self,
+        encoder_out: Tensor,
+        frame_lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        utt_ids: Optional[Sequence[str]],
+    ) -> tuple[Optional[Batch], float]:
+        """What can be trained on, and how many utterances cannot."""
+        device = encoder_out.device
+        frame_lengths, text_lengths = frame_lengths.to(device), text_lengths.to(device)
+        audio = self.decoder.adapt(encoder_out, frame_lengths)
+        usable = (frame_lengths > 0) & (audio.lengths <= self.decoder.room(text_lengths))
+        for i in (~usable).nonzero()[:, 0].tolist():
+            name = utt_ids[i] if utt_ids is not None else "(unnamed utterance)"
+            if int(frame_lengths[i]) == 0:
+                why = "the encoder makes no frame of it; its audio is empty or too short"
+            else:
+                why = (
+                    f"audio ({int(audio.lengths[i])} embeddings), prompt "
+                    f"({self.decoder.prompt.length} tokens) and text ({int(text_lengths[i])}) "
+                    f"exceed the {self.decoder.context} tokens that the LLM can see; stack more "
+                    "frames (adapter_conf), or train on shorter utterances"
+                )
+            self._skips.warn(name, why)
+        skipped = float((~usable).sum())
+        rows = usable.nonzero()[:, 0]
+        if len(rows) == 0:
+            return None, skipped
+        text = text.to(device)[:, : int(text_lengths.max())]
+        inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
+        text = text.masked_fill(~inside, self.eos)
+        batch = Batch(encoder_out, frame_lengths, audio, text, text_lengths).select(rows)
+        self._check_text(batch.text)
+        return batch, skipped
+
+    def _check_text(self, text: Tensor) -> None:
+        wrong = ~self.decoder.scored[text.clamp(0, self.vocab_size - 1)]
+        wrong |= (text < 0) | (text >= self.vocab_size)
+        if wrong.any():
+            raise UserError(
+                f"a transcript contains token {int(text[wrong][0])}, which is no text of LLM "
+                f"{self.decoder.units.llm}; was it tokenised for another LLM or token list?"
+            )
+
+    @torch.no_grad()
+    def utterance_nll(
+        self, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
+    ) -> Tensor:
+        """Exact -log P(text and EOS | speech) of each utterance (B,), in nats.
+
+        Raises:
+            UserError: An utterance cannot be scored, see :meth:`forward`.
+        """
+        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
+        if isinstance(encoder_out, tuple):
+            encoder_out = encoder_out[0]
+        batch, skipped = self._usable(encoder_out, frame_lengths, text, text_lengths, None)
+        if batch is None or skipped:
+            raise UserError(f"{int(skipped)} utterances have no score; see the warnings above")
+        return self._text_loss(batch, batch.audio)[0].nll
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any):
+        """Load a checkpoint, refusing an incomplete or foreign one even if ``strict`` is False.
+
+        Raises:
+            UserError: tensors are missing or have another shape, or the checkpoint was trained
+                with another LLM or prompt.
+        """
+        hint = "Are token list, CTC vocabularies, adapter and LLM those of the checkpoint?"
+        refuse_incomplete(self, state_dict, hint)
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def _vocabulary_ctc(ctc: CTC, vocabulary: CTCVocabulary) -> VocabularyCTC:
+    """A CTC layer over ``vocabulary`` in place of the one that ESPnet made over the token list."""
+    if ctc.ctc_type != "builtin":
+        raise UserError(
+            f"ctc_conf: ctc_type {ctc.ctc_type}; model 'speech_llm' has builtin CTC only"
+        )
+    return VocabularyCTC(vocabulary, ctc.ctc_lo.in_features, ctc.dropout_rate)

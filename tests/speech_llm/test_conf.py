@@ -1,0 +1,63 @@
+"""Every configuration of conf/speech_llm builds a model of the size it states."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from espnet_llm_plugin import registry
+from tests.speech_llm.tiny_llm import save_adapted, save_native
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "speech_llm"
+PROMPT = ["transcribe", "speech", "to", "text"]
+WORDS = ["<blank>", "<unk>", *PROMPT, *(f"w{i}" for i in range(9993)), "<sos/eos>"]
+# Width of the LLM that a configuration names: all that the size of the other parts depends on.
+WIDTHS = {"llama7b": 4096, "qwen2_0.5b": 896, "mini": 128}
+
+
+def llm_of_width(directory, width, native):
+    """Thin but for the width of its embeddings."""
+    conf = dict(hidden_size=width, head_dim=4, intermediate_size=4)
+    if native:
+        return save_native(directory, **conf)
+    return save_adapted(directory, tokens=WORDS, **conf)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONF.glob("*.yaml")))
+def test_configuration(tmp_path, name):
+    registry.register()
+    from espnet2.tasks.asr import ASRTask
+
+    text = (CONF / name).read_text()
+    conf = yaml.safe_load(text)
+    tokens = WORDS
+    (tmp_path / "words.txt").write_text("\n".join(WORDS) + "\n")
+    options = ["--config", str(CONF / name), "--output_dir", str(tmp_path)]
+    if "decoder" in conf:
+        width = next(width for key, width in WIDTHS.items() if key in name)
+        # the header says which token list
+        native = "token_type hugging_face" in text
+        llm = llm_of_width(tmp_path / "llm", width, native)
+        options += ["--decoder_conf", f"llm={llm}"]
+        if conf["decoder_conf"]["tuning"] == "full":  # its weights cannot be made without memory
+            options += ["--decoder_conf", "tuning=frozen"]
+        if native:
+            from espnet_llm_plugin.llm.native import native_token_list
+
+            tokens = native_token_list(llm)
+        if "ctc_vocabulary" in conf.get("model_conf", {}):
+            words = tmp_path / "words.txt"
+            options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
+    (tmp_path / "tokens.txt").write_text("\n".join(tokens) + "\n")
+    options += ["--token_list", str(tmp_path / "tokens.txt")]
+    args = ASRTask.get_parser().parse_args(options)
+    with torch.device("meta"):
+        model = ASRTask.build_model(args)
+    parts = [model.encoder, *([model.decoder.adapter] if "decoder" in conf else [])]
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
+    stated = re.search(r"([\d.]+) M\s+(# )?parameters", text)
+    assert stated[1] in (f"{parameters / 1e6:.0f}", f"{parameters / 1e6:.1f}")
+    if "decoder" in conf:
+        assert not model.decoder.llm.is_loaded
