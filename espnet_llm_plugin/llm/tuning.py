@@ -12,7 +12,8 @@ from torch import Tensor
 
 from espnet_llm_plugin.compat import enable_gradient_checkpointing
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
+from espnet_llm_plugin.llm import backbone
+from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
 from espnet_llm_plugin.llm.lora import (
     inject_lora,
     lora_options,
@@ -141,7 +142,7 @@ class TunedLLM(torch.nn.Module):
 
     def _load(self) -> Any:
         logging.info("loading LLM %s (%s)", self.source.name, self.source.dtype)
-        model = load_causal_lm(
+        model = backbone.load_causal_lm(
             self.source.directory,
             dtype=self.source.dtype,
             attn_implementation=self.attn_implementation,

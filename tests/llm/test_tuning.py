@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm import tuning
+from espnet_llm_plugin.llm import backbone
 from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.llm.lora import lora_options, merge_lora
 from espnet_llm_plugin.llm.tuning import TunedLLM
@@ -261,7 +261,7 @@ def test_weights_are_loaded_once_and_only_when_needed(llms, monkeypatch):
         loads.append(args)
         return load_causal_lm(*args, **kwargs)
 
-    monkeypatch.setattr(tuning, "load_causal_lm", load)
+    monkeypatch.setattr(backbone, "load_causal_lm", load)
     for conf, at_once in (
         ({"tuning": "frozen"}, 0),
         ({"tuning": "lora", "dtype": "bfloat16"}, 0),
