@@ -18,6 +18,7 @@ from espnet_llm_plugin.llm.lora import (
     inject_lora,
     lora_options,
     lora_parameters,
+    merge_lora,
     named_lora_parameters,
 )
 from espnet_llm_plugin.llm.state import context_of
@@ -85,6 +86,7 @@ class TunedLLM(torch.nn.Module):
         self.weights = torch.nn.Module()
         self._loaded: tuple[Any, ...] = ()  # in a tuple: no module of this one
         self._placed: Optional[torch.device] = None
+        self._to_merge = self._merged = False
         self._lora = lora_options(lora_conf) if tuning == "lora" else None
         if self._lora is not None:
             for name, parameter in lora_parameters(self.config, self._lora).items():
@@ -126,15 +128,32 @@ class TunedLLM(torch.nn.Module):
 
         Its trained parameters are those registered here. Loads the weights at the first call.
         """
+        device = torch.device(device)
+        if not self._loaded or self._placed != device or self._to_merge != self._merged:
+            # the first call may be one of decoding: the weights must remain fit for training
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepare(device)
+        return self._loaded[0]
+
+    def merge(self) -> None:
+        """Make LoRA part of the weights in memory: decoding then costs that of the plain LLM.
+
+        ``state_dict()`` is as before. Training is not possible any more; copies made before are not
+        concerned.
+        """
+        self.eval()
+        self._to_merge = self._lora is not None
+
+    def _prepare(self, device: torch.device) -> None:
         if not self._loaded:
             self._load()
             self._connect()
         (model,) = self._loaded
-        device = torch.device(device)
-        if self._placed != device:
-            model.to(device)
-            self._placed = device
-        return model
+        model.to(device)
+        self._placed = device
+        if self._to_merge and not self._merged:
+            merge_lora(model)
+            self._merged = True
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., D), fit for ``inputs_embeds``."""
@@ -178,6 +197,8 @@ class TunedLLM(torch.nn.Module):
 
     def _connect(self) -> None:
         """Make the registered parameters those of the Hugging Face model."""
+        if self._merged:
+            return
         (model,) = self._loaded
         own = dict(model.named_parameters()) | named_lora_parameters(model)
         new = {id(own[name]): parameter for name, parameter in self.weights.named_parameters()}
@@ -200,6 +221,8 @@ class TunedLLM(torch.nn.Module):
                     module.training = True
 
     def train(self, mode: bool = True) -> "TunedLLM":
+        if mode and self._to_merge:
+            raise RuntimeError("an LLM whose LoRA is merged for decoding cannot be trained")
         super().train(mode)
         if self._loaded:
             self._set_mode()
@@ -237,6 +260,8 @@ class TunedLLM(torch.nn.Module):
                     f"{tuple(parameter.shape)}; it is of another model."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._merged:  # with what was there before
+            self._loaded, self._merged = (), False
 
     def _frozen_tensors(self) -> Iterator[Tensor]:
         trained = {id(parameter) for parameter in self.weights.parameters()}
@@ -258,7 +283,7 @@ class TunedLLM(torch.nn.Module):
         return new
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_loaded": (), "_placed": None}
+        return {**self.__dict__, "_loaded": (), "_placed": None, "_merged": False}
 
     def extra_repr(self) -> str:
         return f"{self.source.name}, tuning={self.tuning}, dtype={self.source.dtype}"

@@ -164,3 +164,67 @@ class TestErrors:
         (tmp_path / "llm" / "x").touch()
         with pytest.raises(UserError, match="exists and is not empty"):
             run(trained, tmp_path / "llm")
+
+
+# --- the LLM of a speech LLM ---
+
+
+def speech_llm(tmp_path, decoder_conf):
+    from tests.inference.tiny_asr import TOKENS, make_speech_llm
+
+    source = save_adapted_dir(tmp_path / "llm", TOKENS)
+    return source, make_speech_llm(tmp_path / "asr", source, decoder_conf=decoder_conf)
+
+
+def run_asr(files, output_dir):
+    return export_llm.main([*files.asr_options(), f"--output_dir={output_dir}"])
+
+
+@pytest.mark.parametrize("interface", ["prefix", "merged", "cross_attention"])
+def test_lora_of_a_speech_llm_is_merged(tmp_path, capsys, interface):
+    from espnet2.tasks.asr import ASRTask
+
+    from espnet_llm_plugin.llm.backbone import load_causal_lm
+
+    conf = f", tuning: lora, lora_conf: {{r: 2, dropout: 0.1}}, interface: {interface}"
+    source, files = speech_llm(tmp_path, conf)
+    assert run_asr(files, tmp_path / "out") == 0
+    assert "logits differ from those of training by" in capsys.readouterr().out
+    model, _ = ASRTask.build_model_from_file(files.config, files.model, "cpu")
+    ids = [7, 3, 4, 5, 3]
+    found = logits(load_causal_lm(tmp_path / "out"), ids)
+    expected = logits(model.decoder.llm.eval().model("cpu"), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, logits(load_causal_lm(source), ids), atol=1e-2)
+
+
+def test_speech_models_without_a_trained_llm(tmp_path):
+    from tests.inference.tiny_asr import make_asr
+
+    source, files = speech_llm(tmp_path, "")
+    with pytest.raises(UserError, match=f"frozen LLM, nothing of it was trained.*{source}"):
+        run_asr(files, tmp_path / "out")
+    files = make_asr(tmp_path / "ctc", "ctc")
+    with pytest.raises(UserError, match="has no LLM of its own"):
+        run_asr(files, tmp_path / "out")
+    files.model.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be loaded as a checkpoint of"):
+        run_asr(files, tmp_path / "out")
+    files.model.unlink()
+    with pytest.raises(UserError, match="valid.loss.ave.pth does not exist"):
+        run_asr(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--lm_file=a"],
+        ["--lm_train_config=a", "--lm_file=b", "--asr_model_file=c"],
+        ["--asr_train_config=a"],
+    ],
+)
+def test_one_of_lm_and_asr(options):
+    with pytest.raises(UserError, match="either --lm_train_config and --lm_file, or"):
+        export_llm.main([*options, "--output_dir=out"])

@@ -208,6 +208,50 @@ def test_lora_with_checkpointing_and_without_any_input_that_needs_gradients(llms
         logits(llm)
 
 
+def distributed(rank, directory, llm):
+    """Two updates, the first of which leaves LoRA as it is, of two processes."""
+    from espnet_llm_plugin.optimizers import AdamWGroups
+
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    states = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        model = SpeechLike(TunedLLM(llm, gradient_checkpointing=True))
+        groups = {"llm": {"freeze_updates": 1, "lr_factor": 0.5}}
+        optimizer = AdamWGroups(model.named_parameters(), groups=groups, lr=0.05)
+        # find_unused_parameters=False
+        run = torch.nn.parallel.DistributedDataParallel(model) if parallel else model
+        for update in range(2):
+            optimizer.zero_grad()
+            rows = IDS[rank : rank + 1] if parallel else IDS
+            run(rows).backward()
+            optimizer.step()
+            lora = [p for n, p in model.llm.named_parameters() if "lora_B" in n]
+            assert all((p.abs().max() > 0) == (update == 1) for p in lora)
+        states.append(model.state_dict())
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, atol=1e-4, rtol=1e-3, msg=name)
+    torch.distributed.destroy_process_group()
+
+
+class SpeechLike(torch.nn.Module):
+    """A trained part before the LLM."""
+
+    def __init__(self, llm):
+        super().__init__()
+        self.llm = llm.train()
+        self.audio = torch.nn.Parameter(torch.randn(1, 3, llm.hidden_size))
+
+    def forward(self, ids):
+        return training_loss(self.llm, ids, self.audio.expand(len(ids), -1, -1))
+
+
+def test_two_processes_train_as_one(llms, tmp_path):
+    torch.multiprocessing.spawn(distributed, (str(tmp_path), llms()), nprocs=2)
+
+
 def test_family_without_checkpointing(llms, monkeypatch):
     from transformers import LlamaForCausalLM, LlamaPreTrainedModel
 
@@ -448,6 +492,44 @@ def test_merged_equals_unmerged(llms, family):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
     assert torch.equal(logits(llm), expected)  # the shared weights are as they were
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_merged_for_decoding(llms, loaded):
+    llm = moved(TunedLLM(llms(), lora_conf={"dropout": 0.3, "targets": "all-linear"}))
+    twin = copy.deepcopy(llm).eval()
+    saved = {name: value.clone() for name, value in llm.state_dict().items()}
+    expected = logits(twin)
+    if loaded:
+        logits(llm)
+    llm.merge()
+    torch.testing.assert_close(logits(llm), expected, atol=1e-4, rtol=1e-4)
+    assert not [m for m in llm.model().modules() if hasattr(m, "lora_A")]
+    assert llm.model() is llm.model()
+    for copied in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm)), llm.double().float()):
+        torch.testing.assert_close(logits(copied), expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(llm.state_dict()[name], saved[name]) for name in saved)
+    with pytest.raises(RuntimeError, match="merged for decoding"):
+        llm.train()
+    # other weights take the place of those that were merged
+    other = moved(twin)
+    llm.load_state_dict(other.state_dict())
+    assert not torch.allclose(logits(other), expected, atol=1e-2)
+    torch.testing.assert_close(logits(llm), logits(other), atol=1e-4, rtol=1e-4)
+    for conf in ({"tuning": "frozen"}, {"tuning": "full"}):
+        plain = TunedLLM(llms(), **conf)
+        plain.merge()
+        assert torch.equal(logits(plain), logits(TunedLLM(llms(), **conf).eval()))
+        plain.train()
+
+
+def test_loaded_while_decoding_and_trained_afterwards(llms):
+    llm = TunedLLM(llms(), tuning="lora").eval()
+    with torch.inference_mode():
+        expected = logits(llm).clone()
+    training_loss(llm.train()).backward()
+    assert all(parameter.grad is not None for parameter in llm.parameters())
+    assert torch.equal(logits(llm.eval()), expected)
 
 
 def test_merging_what_is_not_finite(llms):
