@@ -101,11 +101,12 @@ def load_asr(
     from espnet2.asr.espnet_model import ESPnetASRModel
     from espnet2.tasks.asr import ASRTask
 
+    from espnet_llm_plugin.speech_llm.model import SpeechLLMModel
     from espnet_llm_plugin.transducer.base_model import AbsTransducerModel
     from espnet_llm_plugin.transducer.swap import swap_predictor
 
     model, train_args = _build(ASRTask, "asr", config, model_file, device)
-    is_speech_llm = type(model).__name__ == "SpeechLLMModel"
+    is_speech_llm = isinstance(model, SpeechLLMModel)
     is_ctc = not isinstance(model, AbsTransducerModel) and not is_speech_llm
     if is_ctc:
         if not isinstance(model, ESPnetASRModel) or model.ctc is None or model.ctc_weight != 1.0:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
+from espnet_llm_plugin.speech_llm.interface import build_interface
+from espnet_llm_plugin.speech_llm.scorers import LLMScorer
 from espnet_llm_plugin.speech_llm.search import LabelSearch
 from tests.llm.tiny import tiny_model
 
@@ -56,16 +59,43 @@ def generate(model, prefix, beam, length_norm, longest):
     return sequences, scores
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+class Loaded:
+    """What an interface needs of a ``TunedLLM``, around a model in memory."""
+
+    context = 64
+
+    def __init__(self, model):
+        self._model, self.config = model, model.config
+
+    def model(self, device):
+        return self._model
+
+    def embed(self, ids):
+        return self._model.get_input_embeddings()(ids)
+
+
+def interface_scorer(model, audio):
+    """The prefix interface, which reads the audio once and shares keys among hypotheses."""
+    interface = build_interface("prefix", Loaded(model), {}).eval()
+    lengths = torch.tensor([len(one) for one in audio])
+    return LLMScorer(interface, interface.start(pad_sequence(audio, batch_first=True), lengths))
+
+
+SCORERS = {"recomputed": Recomputed, "prefix": interface_scorer}
+
+
+@pytest.fixture(scope="module", params=[("llama", 3), ("llama", 7), ("qwen2", 4)], ids=str)
 def case(request):
-    model = tiny_model(request.param, vocab_size=17, seed=4)
+    """Models that end some texts early, some late, and some not at all."""
+    family, seed = request.param
+    model = tiny_model(family, vocab_size=17, seed=seed, tied=False)
     generator = torch.Generator().manual_seed(1)
     lengths = (3, 5, 2, 4)
     audio = [torch.randn(length, 16, generator=generator) for length in lengths]
     return model, audio
 
 
-def ours(case, beam, length_norm=0.0, longest=LONGEST, scorer=Recomputed):
+def ours(case, scorer, beam, length_norm=0.0, longest=LONGEST):
     model, audio = case
     search = LabelSearch(
         sos=BOS,
@@ -76,12 +106,13 @@ def ours(case, beam, length_norm=0.0, longest=LONGEST, scorer=Recomputed):
         weights=SearchWeights(length_norm=length_norm),
         end_detection="generate",
     )
-    return search({"decoder": scorer(model, audio)}, [longest] * len(audio))
+    return search({"decoder": SCORERS[scorer](model, audio)}, [longest] * len(audio))
 
 
-def test_greedy_is_that_of_generate_token_by_token(case):
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_greedy_is_that_of_generate_token_by_token(case, scorer):
     sequences = []
-    for hyps, prefix in zip(ours(case, 1), case[1]):
+    for hyps, prefix in zip(ours(case, scorer, 1), case[1]):
         (expected,), _ = generate(case[0], prefix, 1, 0.0, LONGEST)
         assert hyps[0].tokens == expected
         sequences.append(expected)
@@ -91,9 +122,14 @@ def test_greedy_is_that_of_generate_token_by_token(case):
 @pytest.mark.parametrize("longest", [4, LONGEST])
 @pytest.mark.parametrize("length_norm", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("beam", [2, 4])
-def test_beam_is_that_of_generate(case, beam, length_norm, longest):
-    lists = ours(case, beam, length_norm, longest)
-    for hyps, prefix in zip(lists, case[1]):
-        sequences, scores = generate(case[0], prefix, beam, length_norm, longest)
-        assert [hyp.tokens for hyp in hyps] == sequences
-        assert [hyp.ranking for hyp in hyps] == pytest.approx(scores, abs=1e-5)
+def test_beams_are_those_of_generate(case, beam, length_norm, longest):
+    model, audio = case
+    expected = [generate(model, prefix, beam, length_norm, longest) for prefix in audio]
+    ended = set()
+    for scorer in SCORERS:
+        lists = ours(case, scorer, beam, length_norm, longest)
+        for hyps, (sequences, scores) in zip(lists, expected):
+            assert [hyp.tokens for hyp in hyps] == sequences
+            assert [hyp.ranking for hyp in hyps] == pytest.approx(scores, abs=1e-4)
+            ended.update(hyp.ended for hyp in hyps)
+    assert True in ended or longest < LONGEST
