@@ -28,10 +28,29 @@ class Reading(Protocol):
     calls: int
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Optional[Tensor],
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
-        """Attention of a layer: query (B, H, Q, D), its own key and value (B, J, Q, D) ->
-        (B, Q, H, D)."""
+        """Attention of a layer.
+
+        Args:
+            module: The layer's attention; has ``layer_idx``.
+            query: (B, H, Q, D).
+            key: Of the same positions (B, J, Q, D).
+            value: As ``key``.
+            mask: As given to the model.
+            scaling: Of the scores.
+            dropout: Of the weights.
+
+        Returns:
+            (B, Q, H, D).
+        """
         ...
 
 
@@ -51,15 +70,16 @@ def _attention(
     value: Tensor,
     attention_mask: Optional[Tensor],
     speech: Optional[Reading] = None,
+    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
     if speech is None:
-        return sdpa(module, query, key, value, attention_mask, **options), None
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, **options), None
     speech.calls += 1
     scaling = options.get("scaling")
     if scaling is None:
         scaling = query.size(-1) ** -0.5
-    return speech.attend(module, query, key, value, attention_mask, scaling), None
+    return speech.attend(module, query, key, value, attention_mask, scaling, dropout), None
 
 
 def install(model: Any) -> None:
@@ -124,7 +144,7 @@ class Weighing:
         self.queries, self.keys, self.before = queries, keys, before
         self.mass: list[Tensor] = []
 
-    def attend(self, module, query, key, value, mask, scaling):
+    def attend(self, module, query, key, value, mask, scaling, dropout):
         if self.before is not None:
             first_key, first_value = self.before[module.layer_idx]
             key, value = torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2)

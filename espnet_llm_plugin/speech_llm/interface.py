@@ -210,15 +210,16 @@ class Interface(torch.nn.Module, ABC):
         model.eval()
         try:
             audio = self.llm.embed(ids[:, :2]) + self.llm.embed(ids[:, 1:])
-            expected, _ = self(audio, lengths, ids, torch.full_like(lengths, 3), before=(6,))
-            state = self._start(audio, lengths, (6,), ())
+            prompt = (embeddings.num_embeddings - 1,)
+            expected, _ = self(audio, lengths, ids, torch.full_like(lengths, 3), before=prompt)
+            state = self._start(audio, lengths, prompt, ())
             parents = torch.arange(2, device=device)
             found = []
             for column in ids.T:
                 logits, state = self._step(column, state, parents)
                 found.append(logits)
-        except UserError as error:
-            return str(error)
+        except Exception as error:  # any failure means: not this way
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         finally:
             model.train(training)
         expected, actual = expected.float(), torch.stack(found, dim=1).float()

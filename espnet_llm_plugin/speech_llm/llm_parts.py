@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from espnet_llm_plugin.speech_llm.attention import ARGUMENT, Reading, why_no_reading
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.speech_llm.attention import ARGUMENT, NAME, Reading, why_no_reading
 
 
 def llm_outputs(
@@ -27,18 +28,23 @@ def llm_outputs(
         mask: Keys that each query may see (B or 1, 1, L, K) bool; None: those not after it.
         positions: (B, L); None: 0 ... L - 1.
         reading: What the attention layers read.
+
+    Raises:
+        UserError: The LLM's attention function takes no such mask.
     """
-    if mask is not None and model.config._attn_implementation == "eager":
+    kernel = model.config._attn_implementation
+    if mask is not None and kernel == "eager":
         least = torch.finfo(embeddings.dtype).min
         mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill_(~mask, least)
-    extra = {} if reading is None else {ARGUMENT: reading}
-    return model.base_model(
-        inputs_embeds=embeddings,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-        **extra,
-    ).last_hidden_state
+    elif mask is not None and kernel not in ("sdpa", NAME):
+        raise UserError(
+            f"attn_implementation {kernel!r} knows no masks like this one: use `sdpa`, or the "
+            "interface `prefix` with a causal mask and padding on the right."
+        )
+    options = {"attention_mask": mask, "position_ids": positions, ARGUMENT: reading}
+    given = {name: value for name, value in options.items() if value is not None}
+    output = model.base_model(inputs_embeds=embeddings, use_cache=False, **given)
+    return output.last_hidden_state
 
 
 def llm_logits(model: Any, outputs: Tensor) -> Tensor:

@@ -115,6 +115,11 @@ class MergedInterface(Interface):
         seen[:, :frames] = length_mask(lengths, frames)
         return SpeechState.begin(keys, seen, lengths + tokens.size(1))
 
+    def _audio(self, audio, lengths):
+        if not audio.size(1):  # a column that nobody sees
+            audio = audio.new_zeros(len(audio), 1, audio.size(2))
+        return super()._audio(audio, lengths)
+
     def _token_positions(self, audio_lengths, before, after, text=None):
         """Embeddings (B, Q, D) of prompt and text, and their positions (B, Q)."""
         batch, device = len(audio_lengths), audio_lengths.device
@@ -158,12 +163,14 @@ class _Merged:
     def __init__(self, audio: list, keys: Any = None):
         self.calls, self.audio, self.keys = 0, audio, keys
 
-    def attend(self, module, query, key, value, mask, scaling):
+    def attend(self, module, query, key, value, mask, scaling, dropout):
         first_key, first_value = self.audio[module.layer_idx]
         if self.keys is not None:
             self.keys.write(module.layer_idx, first_key.size(2), key, value)
         key, value = torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2)
-        return sdpa(module, query, key, value, mask, scaling=scaling, is_causal=False)
+        return sdpa(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=False
+        )
 
 
 class _Projected:
@@ -172,6 +179,6 @@ class _Projected:
     def __init__(self):
         self.calls = 0
 
-    def attend(self, module, query, key, value, mask, scaling):
+    def attend(self, module, query, key, value, mask, scaling, dropout):
         self.found = key, value
         return query.transpose(1, 2)

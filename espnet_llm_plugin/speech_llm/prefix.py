@@ -87,6 +87,7 @@ class PrefixInterface(Interface):
             rows = torch.arange(len(audio), device=audio.device)
             empty = rows.new_zeros(len(audio), 0)
             longest = int(lengths.max())
+            check_length(longest, self.llm.context, "audio and prompt")
             return _Recomputed(rows, lengths, longest, audio, audio_lengths, before, after, empty)
         sequence, lengths = self._compose(audio, audio_lengths, before, after)
         columns = sequence.embeddings.size(1)

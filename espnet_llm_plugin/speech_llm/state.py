@@ -12,7 +12,7 @@ when the room for columns is used up.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ class Step:
             self._mask = mask.repeat_interleave(groups, dim=1)[:, None]
         return self._mask
 
-    def attend(self, module: Any, query, key, value, mask, scaling):
+    def attend(self, module, query, key, value, mask, scaling, dropout):
         heads, groups = key.size(1), query.size(1) // key.size(1)
         query, key, value = (self.grouped(x.squeeze(2)) for x in (query, key, value))
         layer = module.layer_idx
@@ -205,6 +205,6 @@ class Recording:
     def __init__(self, keys: SharedKeys, begin: int = 0):
         self.calls, self.keys, self.begin = 0, keys, begin
 
-    def attend(self, module, query, key, value, mask, scaling):
+    def attend(self, module, query, key, value, mask, scaling, dropout):
         self.keys.write(module.layer_idx, self.begin, key, value)
-        return sdpa(module, query, key, value, mask, scaling=scaling)
+        return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout)
