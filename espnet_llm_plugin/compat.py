@@ -71,6 +71,32 @@ def import_quietly(module: str):
         return importlib.import_module(module)
 
 
+def patch_asr_statistics() -> None:
+    """Let ``asr_train --collect_stats`` build a speech LLM without loading its LLM. Idempotent.
+
+    ESPnet builds the whole model there and uses its frontend alone. A frozen LLM and one with LoRA
+    are loaded when they are first used; one that is trained has to be loaded when it is built.
+    """
+    task = importlib.import_module("espnet2.tasks.asr").ASRTask
+    original = task.build_model.__func__
+    if getattr(original, "freezes_llm_for_statistics", False):
+        return
+
+    def build_model(cls, args):
+        if not getattr(args, "collect_stats", False) or args.decoder != "speech_llm":
+            return original(cls, args)
+        conf = args.decoder_conf
+        rest = {k: v for k, v in conf.items() if k not in ("lora_conf", "train_embeddings")}
+        args.decoder_conf = {**rest, "tuning": "frozen"}
+        try:
+            return original(cls, args)
+        finally:
+            args.decoder_conf = conf
+
+    build_model.freezes_llm_for_statistics = True
+    task.build_model = classmethod(build_model)
+
+
 def patch_espnet_trainer() -> None:
     """Make ESPnet's checkpoints safe to average and safe to kill. Idempotent."""
     _patch_average_nbest_models()

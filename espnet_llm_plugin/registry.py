@@ -126,6 +126,8 @@ def register(kinds: tuple[str, ...] = tuple(CHOICES)) -> None:
         add(choices, entry)
     compat.import_quietly("espnet2.train.trainer")
     compat.patch_espnet_trainer()
+    if "decoder" in kinds:
+        compat.patch_asr_statistics()
     compat_samplers.patch_category_samplers()
     compat_optimizers.patch_build_optimizers()
 

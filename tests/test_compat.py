@@ -126,3 +126,26 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
         torch.save({"epoch": 2, "rest": _DiskFull()}, path)
     assert torch.load(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("decoder, tuning", [("speech_llm", "frozen"), ("other", "full")])
+def test_statistics_are_collected_without_training_an_llm(monkeypatch, decoder, tuning):
+    from argparse import Namespace
+
+    asr = compat.import_quietly("espnet2.tasks.asr")
+
+    class Task:
+        @classmethod
+        def build_model(cls, args):
+            return cls, dict(args.decoder_conf)
+
+    monkeypatch.setattr(asr, "ASRTask", Task)
+    compat.patch_asr_statistics()
+    compat.patch_asr_statistics()
+    conf = {"llm": "x", "tuning": "full", "train_embeddings": True}
+    args = Namespace(decoder=decoder, decoder_conf=conf, collect_stats=True)
+    cls, built = Task.build_model(args)
+    assert cls is Task and built["tuning"] == tuning and args.decoder_conf is conf
+    assert set(built) == ({"llm", "tuning"} if tuning == "frozen" else set(conf))
+    args.collect_stats = False
+    assert Task.build_model(args)[1] == conf

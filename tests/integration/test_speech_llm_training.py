@@ -141,9 +141,12 @@ def test_from_ctc_to_joint_decoding(data, task, tmp_path, caplog, loads):
     caplog.set_level("INFO")
     llm = data / "llm"
     task.main(cmd=training(data, tmp_path / "ctc", CTC, "--max_epoch", "1"))
-    stats = tmp_path / "stats"
-    task.main(cmd=training(data, stats, SPEECH_LLM, "--collect_stats", "true", llm=llm))
-    assert loads == [] and (stats / "train" / "feats_stats.npz").is_file()
+    full = SPEECH_LLM.replace("tuning: lora\n  lora_conf: {r: 2, alpha: 4}", "tuning: full")
+    for name, conf in (("stats_lora", SPEECH_LLM), ("stats_full", full)):
+        stats = tmp_path / name
+        task.main(cmd=training(data, stats, conf, "--collect_stats", "true", llm=llm))
+        assert loads == [] and (stats / "train" / "feats_stats.npz").is_file()
+    assert "tuning: full" in (stats / "config.yaml").read_text()
 
     # 1. Encoder and CTC layer from the CTC model
     ctc = tmp_path / "ctc" / "valid.loss.ave.pth"

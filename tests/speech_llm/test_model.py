@@ -495,3 +495,40 @@ def test_parts_that_do_not_go_together(llm, pieces):
 def test_native_and_adapted_lists_are_not_mixed_up(llm, native):
     with pytest.raises(UserError, match="is over 12 tokens, the token list has"):
         SpeechLLMDecoder(len(token_list(native, native=True)), DIM, llm=llm)
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
+def test_bfloat16_computes_the_losses_in_float32(llm, tuning):
+    made = model(llm, model_conf=FULL, tuning=tuning).eval()
+    expected = made(*batch())[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, stats, _ = made(*batch())
+    assert loss.dtype == torch.float32 and all(v.dtype != torch.bfloat16 for v in stats.values())
+    assert not torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+    loss.backward()
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all()
+        for p in made.parameters()
+        if p.grad is not None
+    )
+
+
+@pytest.mark.parametrize("interface", ["prefix", "merged", "cross_attention"])
+def test_learns_to_listen(llm, interface):
+    """Three utterances by heart: their audio tells which, and the gap shows that it does."""
+    made = model(llm, tuning="full", interface=interface)
+    data = batch(texts=((3, 4), (6, 3), (7, 8)))
+    before = loss_of(made, data)[1]["shuffled_gap"]
+    optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=3e-3)
+    made.train()
+    for _ in range(150):
+        optimizer.zero_grad()
+        made(*data)[0].backward()
+        optimizer.step()
+    _, stats = loss_of(made, data)
+    assert stats["acc"] == 1.0 and stats["ce_per_token"] < 0.3
+    assert abs(before) < 1.0 and stats["shuffled_gap"] > 2.0
