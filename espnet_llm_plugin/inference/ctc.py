@@ -74,7 +74,7 @@ class CTCSearch:
         ctc: ESPnet's ``CTC`` module (blank is row 0, ``<sos/eos>`` the last row, never emitted).
         beam_size: Prefixes kept after a frame.
         external_lm: See :class:`~espnet_llm_plugin.fusion.external_lm.ExternalLM`.
-        max_prefixes: See :class:`~espnet_llm_plugin.transducer.prefix_tree.PrefixTree`.
+        max_bytes: See :class:`~espnet_llm_plugin.transducer.prefix_tree.PrefixTree`.
     """
 
     takes_batches = False
@@ -85,13 +85,13 @@ class CTCSearch:
         *,
         beam_size: int = 8,
         external_lm: Optional["ExternalLM"] = None,
-        max_prefixes: Optional[int] = None,
+        max_bytes: Optional[int] = None,
     ):
         self.ctc = ctc
         self.num_labels = ctc.ctc_lo.out_features - 2
         self.beam_size = beam_size
         self.external_lm = external_lm
-        self.max_prefixes = max_prefixes
+        self.max_bytes = max_bytes
 
     def __call__(
         self,
@@ -126,7 +126,7 @@ class CTCSearch:
         if utterances != 1:
             raise ValueError(f"{utterances} utterances: the CTC search takes one at a time")
         if tree is None:
-            tree = PrefixTree(None, self.num_labels, self.external_lm, self.max_prefixes)
+            tree = PrefixTree(None, self.num_labels, self.external_lm, self.max_bytes)
         state = SearchState.start(tree, scales, utterances=1)
         beam = state.beam
         beam.blank = np.full_like(beam.score, np.nan)  # not followed

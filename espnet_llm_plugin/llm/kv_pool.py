@@ -30,6 +30,11 @@ class KVPool:
     def used(self) -> int:
         return self.capacity - 1 - len(self._free)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of a token's keys and values in all layers."""
+        return sum(layer[0].nbytes for layer in self.layers)
+
     def take(self, before: np.ndarray) -> np.ndarray:
         """New slots for tokens that follow those of other slots (N)."""
         while len(self._free) < len(before):

@@ -80,6 +80,11 @@ class PrefixState:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Memory of its last token's keys and values."""
+        return self._pool.slot_bytes
+
+    @property
     def slot(self) -> int:
         """Slot of its last token."""
         return self._slot

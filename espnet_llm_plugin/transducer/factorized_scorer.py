@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from espnet_llm_plugin.transducer.joint import posterior
 from espnet_llm_plugin.transducer.model import FactorizedTransducerModel
-from espnet_llm_plugin.transducer.prefix_tree import ROOT, RowStore
+from espnet_llm_plugin.transducer.prefix_tree import ROOT, RowStore, state_bytes
 
 # The blank predictor looks at one label: up to this vocabulary size it is a table (40 MB at J 512).
 MAX_TABLE = 20000
@@ -52,6 +52,11 @@ class FactorizedPool:
         lm, new = self.predictor.extend(last, states)
         self._rows.put("lm", torch.from_numpy(nodes), self._finite(lm))
         self._states.update(zip(nodes.tolist(), new))
+
+    @property
+    def bytes_per_prefix(self) -> int:
+        """See :class:`PrefixPool`."""
+        return self._rows.row_bytes + state_bytes(next(reversed(self._states.values())))
 
     @torch.no_grad()
     def lm(self, nodes: np.ndarray) -> Tensor:

@@ -40,7 +40,7 @@ def nbest(
         B lists of label sequences; token id = label + 1.
     """
     # imported here: the scorers import the models, which import this module
-    from espnet_llm_plugin.transducer.prefix_tree import MAX_PREFIXES
+    from espnet_llm_plugin.transducer.prefix_tree import MAX_BYTES
     from espnet_llm_plugin.transducer.scorer import build_scorer
     from espnet_llm_plugin.transducer.search import Scales, TransducerSearch
 
@@ -60,7 +60,7 @@ def nbest(
             max_symbols_per_frame=max_symbols_per_frame,
             # an RNN-T has <sos/eos> = token V - 1 among its labels, though it never trains it
             forbidden_labels=[model.eos - 1] if scorer.num_labels >= model.eos else [],
-            max_prefixes=MAX_PREFIXES,
+            max_bytes=MAX_BYTES,
         )
         found = search.batch(encoder_out, encoder_lengths, scales, nbest)
         return [[hyp.labels for hyp in hyps] for hyps in found]

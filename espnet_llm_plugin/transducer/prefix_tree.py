@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.scorer import PrefixPool
 
 ROOT = 0
-# Prefixes that a search keeps at once by default: a bound on memory for long recordings and large
-# batches (100 MB of LM rows at 5,000 labels), out of reach of a short one.
-MAX_PREFIXES = 5000
+# What the prefixes of a search take by default at most, beside the live ones: a bound for long
+# recordings and large batches, out of reach of a short one (12,000 prefixes' LM rows at 5,000
+# labels, 400 at 152,000).
+MAX_BYTES = 256 * 2**20
 
 
 class RowStore:
@@ -40,6 +41,20 @@ class RowStore:
             rows = self._rows[name] = grown
         rows.index_copy_(0, nodes.to(rows.device), values.to(rows.dtype))
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one node's rows."""
+        return sum(rows[0].nbytes for rows in self._rows.values())
+
+
+def state_bytes(state: Any) -> int:
+    """Memory of the tensors in a prefix's state, or what it says of itself (``nbytes``)."""
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    if isinstance(state, (tuple, list)):
+        return sum(map(state_bytes, state))
+    return getattr(state, "nbytes", 0)
+
 
 class PrefixTree:
     """Trie of label prefixes with the predictor's data and the external LM's row of each.
@@ -54,9 +69,9 @@ class PrefixTree:
             (CTC).
         num_labels: L.
         external_lm: Language model whose rows (L,) are kept beside the predictor's data.
-        max_prefixes: :meth:`release` frees what no live hypothesis reaches once there are more
-            prefixes than this. ``None`` keeps everything. A freed prefix that comes back is
-            computed again.
+        max_bytes: :meth:`release` frees what no live hypothesis reaches once the prefixes' rows
+            and states take more than this. ``None`` keeps everything. A freed prefix that comes
+            back is computed again.
 
     Attributes:
         parent: Node before the last label (-1: none).
@@ -71,17 +86,17 @@ class PrefixTree:
         pool: Optional["PrefixPool"],
         num_labels: int,
         external_lm: Optional["ExternalLM"] = None,
-        max_prefixes: Optional[int] = None,
+        max_bytes: Optional[int] = None,
     ):
         self.pool = pool
         self.num_labels = num_labels
         self.external_lm = external_lm
-        self.max_prefixes = max_prefixes
+        self.max_bytes = max_bytes
         self.num_created = self.num_predictor = self.num_external = 0
         self._child: dict[int, int] = {}
         self._free: list[int] = []
         self._size = 1
-        self._release_above = max_prefixes
+        self._release_above = 0  # prefixes
         self.parent = np.full(64, -1, dtype=np.int64)
         self.label = np.full(64, -1, dtype=np.int64)
         self._depth = np.zeros(64, dtype=np.int64)
@@ -211,12 +226,16 @@ class PrefixTree:
     def release(self, live: np.ndarray) -> None:
         """Free the prefixes that are neither live nor the beginning of a live one.
 
-        Does nothing while there are at most ``max_prefixes``.
+        Does nothing while they take at most ``max_bytes``.
 
         Args:
             live: Nodes, any shape; -1 stands for none.
         """
-        if self.max_prefixes is None or len(self) <= self._release_above:
+        if self.max_bytes is None or len(self) <= self._release_above:
+            return
+        most = self.max_bytes // self.bytes_per_prefix
+        if len(self) <= most:
+            self._release_above = most
             return
         keep = {ROOT}
         for node in np.unique(live[live >= 0]).tolist():
@@ -231,4 +250,14 @@ class PrefixTree:
         if self.pool is not None:
             self.pool.free(freed)
         # If most is alive, looking again after every frame would find little.
-        self._release_above = max(self.max_prefixes, len(self) + len(self) // 10)
+        self._release_above = max(most, len(self) + len(self) // 10)
+
+    @property
+    def bytes_per_prefix(self) -> int:
+        """Memory of a prefix's rows and states."""
+        size = 0 if self.pool is None else self.pool.bytes_per_prefix
+        if self.external_lm is not None:
+            # before its first call: float32
+            size += self._rows.row_bytes or 4 * self.num_labels
+            size += state_bytes(next(reversed(self._states.values()), None))
+        return max(size, 1)

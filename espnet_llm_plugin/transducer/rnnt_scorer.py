@@ -46,6 +46,11 @@ class RNNTPool:
         self._rows.put("hidden", at, hidden)
         self._rows.put("cell", at, cell)
 
+    @property
+    def bytes_per_prefix(self) -> int:
+        """See :class:`PrefixPool`."""
+        return self._rows.row_bytes
+
     def parts(self, nodes: np.ndarray) -> Tensor:
         """The decoder's part of the joint network's input (M, J)."""
         return self._rows["part"][torch.from_numpy(nodes).to(self._scorer.device)]

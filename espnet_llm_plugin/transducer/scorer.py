@@ -27,7 +27,13 @@ class Cells(Protocol):
 
 
 class PrefixPool(Protocol):
-    """The predictor's data of the prefixes of a search, by node number; node 0 is there."""
+    """The predictor's data of the prefixes of a search, by node number; node 0 is there.
+
+    Attributes:
+        bytes_per_prefix: Memory that a computed prefix takes.
+    """
+
+    bytes_per_prefix: int
 
     def compute(self, nodes: np.ndarray, parents: np.ndarray, labels: np.ndarray) -> None:
         """Run the predictor once for M prefixes, each a computed parent and a label."""

@@ -46,7 +46,7 @@ class TransducerSearch:
     label to label (label looping).
 
     The predictor's and the external LM's memory: one row of L numbers for each prefix that a live
-    hypothesis reaches, and for at most ``max_prefixes`` in all otherwise.
+    hypothesis reaches, and otherwise at most ``max_bytes`` in all.
 
     Args:
         scorer: ``FactorizedScorer``, ``RNNTScorer`` or another ``TransducerScorer``.
@@ -54,7 +54,7 @@ class TransducerSearch:
         max_symbols_per_frame: S.
         external_lm: See :class:`~espnet_llm_plugin.fusion.external_lm.ExternalLM`.
         forbidden_labels: Labels never emitted (``<sos/eos>`` of an RNN-T).
-        max_prefixes: See :class:`PrefixTree`.
+        max_bytes: See :class:`PrefixTree`.
     """
 
     takes_batches = True
@@ -67,7 +67,7 @@ class TransducerSearch:
         max_symbols_per_frame: int = 3,
         external_lm: Optional["ExternalLM"] = None,
         forbidden_labels: Sequence[int] = (),
-        max_prefixes: Optional[int] = None,
+        max_bytes: Optional[int] = None,
     ):
         self.scorer = scorer
         self.num_labels = scorer.num_labels
@@ -75,7 +75,7 @@ class TransducerSearch:
         self.max_symbols_per_frame = max_symbols_per_frame
         self.external_lm = external_lm
         self.forbidden_labels = tuple(forbidden_labels)
-        self.max_prefixes = max_prefixes
+        self.max_bytes = max_bytes
 
     def __call__(
         self,
@@ -113,7 +113,7 @@ class TransducerSearch:
         """
         if tree is None:
             tree = PrefixTree(
-                self.scorer.prefixes(), self.scorer.num_labels, self.external_lm, self.max_prefixes
+                self.scorer.prefixes(), self.scorer.num_labels, self.external_lm, self.max_bytes
             )
         return SearchState.start(tree, scales, utterances)
 
@@ -166,7 +166,7 @@ class TransducerSearch:
             if beam is not state.beam:
                 state.beam = beam
             state.beam = beam = self._frame(t, rows, chunk)
-            if state.tree.max_prefixes is not None:
+            if state.tree.max_bytes is not None:
                 nodes = [beam.node, *(done.node for _, done in finished)]
                 state.tree.release(np.concatenate([array.ravel() for array in nodes]))
         if finished:

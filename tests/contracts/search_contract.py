@@ -50,6 +50,8 @@ class TableScorer:
 
 
 class TablePool:
+    bytes_per_prefix = 100
+
     def __init__(self, scorer: TableScorer):
         self.scorer = scorer
         self.labels: dict[int, tuple[int, ...]] = {ROOT: ()}

@@ -6,8 +6,10 @@ import torch
 
 from espnet_llm_plugin.transducer.factorized_scorer import FactorizedScorer
 from espnet_llm_plugin.transducer.joint import posterior
+from espnet_llm_plugin.transducer.llm_predictor import LLMPredictor
+from espnet_llm_plugin.transducer.predictors import LSTMPredictor
 from espnet_llm_plugin.transducer.prefix_tree import ROOT
-from espnet_llm_plugin.transducer.rnnt_scorer import RNNTScorer, rnn_step
+from espnet_llm_plugin.transducer.rnnt_scorer import RNNTPool, RNNTScorer, rnn_step
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from tests.contracts.search_contract import OneByOne
 from tests.transducer.tiny import DIM, LABELS, VOCAB, batch, factorized, rnnt, save_llm
@@ -209,3 +211,32 @@ def test_frame_parts_are_those_of_the_decoder():
 def test_other_models_are_refused():
     with pytest.raises(TypeError, match="not a transducer of this package: Linear"):
         build_scorer(torch.nn.Linear(1, 1))
+
+
+def test_memory_of_a_prefix(llm):
+    for model in models(llm):
+        pool = build_scorer(model.eval()).prefixes()
+        rows = sum(rows[0].nbytes for rows in pool._rows._rows.values())
+        if isinstance(pool, RNNTPool):
+            states = 0  # in its rows
+            assert rows == 4 * (model.joint_network.lin_dec.out_features + 2 * pool_width(model))
+        else:
+            assert rows == 4 * LABELS
+            states = predictor_bytes(model.decoder.predictor)
+        assert pool.bytes_per_prefix == rows + states
+
+
+def pool_width(model):
+    return model.decoder.dlayers * model.decoder.dunits
+
+
+def predictor_bytes(predictor):
+    """Of the state of one prefix: a token's keys and values, an LSTM's hidden and cell state."""
+    if isinstance(predictor, LLMPredictor):
+        config = predictor.llm.config
+        width = config.num_key_value_heads * config.head_dim
+        return 4 * 2 * config.num_hidden_layers * width
+    if isinstance(predictor, LSTMPredictor):
+        lstm = predictor.lstm
+        return 4 * lstm.num_layers * (lstm.hidden_size + (lstm.proj_size or lstm.hidden_size))
+    return 0

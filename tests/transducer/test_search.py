@@ -145,9 +145,7 @@ EVERYTHING_BUT_LM = Scales(alpha=0.4, beta=0.7, label_bonus=0.8)
 
 def test_networks_run_once_per_prefix_and_once_per_step(long_case):
     scorer, lm = long_case.scorer, long_case.external_lm
-    search = TransducerSearch(
-        scorer, beam_size=8, max_symbols_per_frame=2, external_lm=lm, max_prefixes=None
-    )
+    search = TransducerSearch(scorer, beam_size=8, max_symbols_per_frame=2, external_lm=lm)
     tree = search.step(search.start([EVERYTHING]), long_case.encoder_out).tree
     assert tree.num_created > 30
     counts = (tree.num_predictor, tree.num_external)
@@ -243,21 +241,26 @@ def test_a_kept_tree_saves_all_predictor_calls(long_case):
 
 
 def test_freeing_prefixes_changes_nothing_but_memory(long_case):
-    def run(max_prefixes):
+    def run(max_bytes):
         search = TransducerSearch(
             long_case.scorer,
             beam_size=8,
             external_lm=long_case.external_lm,
-            max_prefixes=max_prefixes,
+            max_bytes=max_bytes,
         )
         scales = Scales(beta=0.3, lm_weight=0.3, label_bonus=2.0)
         return search.step(search.start([scales]), long_case.encoder_out)
 
-    everything, freed = run(None), run(20)
+    labels = long_case.scorer.num_labels
+    each = 100 + 4 * labels  # the table's word for it, and the external LM's row
+    everything, freed, some = run(None), run(20 * each), run(150 * each + 1)
+    assert everything.tree.bytes_per_prefix == each
     assert len(everything.tree) > 200
+    # what one frame makes comes on top
+    assert 150 - 8 * labels < len(some.tree) <= 150 < 0.8 * len(everything.tree)
     needed = {n for node in freed.beam.node[0] for n in freed.tree.path(node)} | {ROOT}
     assert len(needed) <= len(freed.tree) <= 1.2 * len(needed) < 0.6 * len(everything.tree)
-    assert freed.nbest(8) == everything.nbest(8)
+    assert freed.nbest(8) == some.nbest(8) == everything.nbest(8)
 
 
 def test_forbidden_labels_are_never_emitted():
