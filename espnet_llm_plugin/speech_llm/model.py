@@ -183,8 +183,9 @@ class SpeechLLMModel(ESPnetASRModel):
 
         Utterances without an encoder frame, and those that with prompt and text do not fit the
         LLM's context, are left out, counted (``num_skipped``) and logged once each. The weight is
-        the number of those left; a batch of which nothing is left has a loss of zero and next to
-        no weight.
+        the number of what the loss is normalised by, tokens or utterances, so that means over
+        batches and processes are those of all of them; a batch of which nothing is left has a loss
+        of zero and next to no weight.
 
         Args:
             speech: (B, samples, ...).
@@ -226,7 +227,8 @@ class SpeechLLMModel(ESPnetASRModel):
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
         stats["loss"] = loss.detach()
-        return force_gatherable((loss, stats, float(len(batch.text))), loss.device)
+        weight = ce.normalizer(self.length_normalized_loss)
+        return force_gatherable((loss, stats, float(weight)), loss.device)
 
     def _stat_names(self) -> list[str]:
         names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]

@@ -24,10 +24,13 @@ class TextLoss(NamedTuple):
     correct: Tensor
     tokens: Tensor
 
+    def normalizer(self, by_length: bool) -> int:
+        """Number of tokens or of utterances."""
+        return int(self.tokens.sum()) if by_length else self.tokens.numel()
+
     def reduced(self, by_length: bool) -> Tensor:
         """Smoothed cross-entropy per token or per utterance."""
-        weight = self.tokens.sum() if by_length else self.tokens.numel()
-        return self.smoothed.sum() / weight
+        return self.smoothed.sum() / self.normalizer(by_length)
 
     def per_token(self) -> Tensor:
         """Cross-entropy without smoothing, nats per token."""

@@ -70,8 +70,10 @@ def test_loss_is_that_of_transformers_one_utterance_at_a_time(llm, native, kind)
     assert stats["ce_per_token"] == pytest.approx(total / 10, rel=1e-4)
     assert stats["acc"] == pytest.approx(correct / 10)
     torch.testing.assert_close(made.utterance_nll(*data), torch.stack(nll), atol=1e-4, rtol=1e-4)
+    assert float(made(*data)[2]) == 10.0
     made.length_normalized_loss = False
     assert loss_of(made)[0] == pytest.approx(total / 3, rel=1e-4)
+    assert float(made(*data)[2]) == 3.0
 
 
 FULL = {"ctc_weight": 0.3, "prefix_ctc_weight": 0.2, "lsm_weight": 0.1}
@@ -325,7 +327,7 @@ def test_utterances_that_cannot_be_trained_on(llm, caplog):
     torch.manual_seed(5)
     loss, stats, weight = made.eval()(*data, utt_id=names)
     made(*data, utt_id=names)
-    assert float(stats["num_skipped"]) == 2.0 and float(weight) == 2.0
+    assert float(stats["num_skipped"]) == 2.0 and float(weight) == 3 + 4  # tokens with EOS
     assert caplog.text.count("skipped empty: the encoder makes no frame") == 1
     assert "skipped long: audio (62 embeddings), prompt (1 tokens) and text (2)" in caplog.text
     assert "good" not in caplog.text and "fits" not in caplog.text
