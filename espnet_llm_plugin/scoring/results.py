@@ -25,6 +25,7 @@
         rtf: exp/asr_rnnt/decode/test/logdir/output.*/rtf.json    # optional, {"rtf": ...}; several
                                             # jobs are weighted by their "audio_seconds"
         time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum
+        train_log: exp/asr_sl/train.log     # optional, of a speech LLM: its last "shuffled_gap"
         group: 5 epochs                     # optional: a table for each group, comparisons inside
         command: ./run.sh --rows rnnt       # optional: how this system was made
 
@@ -54,14 +55,16 @@ from espnet_llm_plugin.scoring.evaluate import (
     pool_counts,
     read_counts,
 )
+from espnet_llm_plugin.scoring.training_log import last_statistics
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 from espnet_llm_plugin.scoring.wer import Summary
 
-SCALES = ("alpha", "beta", "label_bonus", "lm_weight", "ilm_weight")
+SCALES = ("alpha", "beta", "ctc_weight", "textlm_weight", "label_bonus", "penalty", "lm_weight")
+SCALES += ("ilm_weight", "length_norm")
 
 _TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
 _SYSTEM_KEYS = {"name", "group", "command", "test", "dev", "scales", "dev_nll", "perplexity"}
-_SYSTEM_KEYS |= {"rtf", "time"}
+_SYSTEM_KEYS |= {"rtf", "time", "train_log"}
 _SEED = "{seed}"
 
 
@@ -105,6 +108,7 @@ class System:
     perplexity: Optional[float] = None  # of its LM, by words
     rtf: Optional[float] = None
     seconds: Optional[float] = None  # of training
+    audio_gap: Optional[float] = None  # speech LLM: nats per token lost with wrong audio, on dev
     group: Optional[str] = None
     command: Optional[str] = None
 
@@ -263,6 +267,7 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
         perplexity=reader.mean(entry.get("perplexity"), _read_perplexity),
         rtf=reader.mean(entry.get("rtf"), lambda one: _read_rtf(one, reader.clock + "rtf")),
         seconds=sum(seconds) if seconds and None not in seconds else None,
+        audio_gap=reader.mean(entry.get("train_log"), _read_gap),
         group=entry.get("group"),
         command=entry.get("command"),
     )
@@ -338,6 +343,13 @@ def _scales(where: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not any(name in value for name in SCALES):
         raise UserError(f"{where}: no scale in it; expected some of {', '.join(SCALES)}")
     return {name: _number(f"{where}: {name}", value[name]) for name in SCALES if name in value}
+
+
+def _read_gap(path: str) -> float:
+    statistics_of = last_statistics(path)
+    if "shuffled_gap" not in statistics_of:
+        raise UserError(f"{path}: no epoch with shuffled_gap; is it the log of a speech LLM?")
+    return statistics_of["shuffled_gap"]
 
 
 def _read_perplexity(path: str) -> float:

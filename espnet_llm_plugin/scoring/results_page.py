@@ -20,7 +20,8 @@ from espnet_llm_plugin.scoring.units import CER, TER, WER
 UNKNOWN = "-"
 NOT_RUN = "not run"
 _SCALE_NAMES = {"alpha": "alpha", "beta": "beta", "label_bonus": "bonus", "lm_weight": "LM"}
-_SCALE_NAMES["ilm_weight"] = "internal LM"
+_SCALE_NAMES |= {"ilm_weight": "internal LM", "ctc_weight": "CTC", "penalty": "bonus"}
+_SCALE_NAMES |= {"textlm_weight": "LLM without audio", "length_norm": "length norm"}
 
 
 def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str], list[list[str]]]:
@@ -28,7 +29,7 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
     header = ["system", "dev WER"]
     for test in results.tests():
         header += [f"{test} WER", "sd over seeds", "95 %", "ins / del / sub"]
-    header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "RTF", "training"]
+    header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "audio gap", "RTF", "training"]
     rows = []
     for system in results.groups()[group]:
         row = [system.name, UNKNOWN if system.dev is None else _rate(system.dev)]
@@ -40,6 +41,7 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
             "; ".join(map(_scales, system.scales)) or UNKNOWN,
             _number(system.perplexity, "{:.1f}"),
             _number(system.dev_nll, "{:.3f}"),
+            _number(system.audio_gap, "{:.2f}"),
             _number(system.rtf, "{:.3f}"),
             UNKNOWN if system.seconds is None else duration(system.seconds),
         ]

@@ -1,4 +1,4 @@
-"""Exact likelihood of a corpus under a transducer or a CTC model.
+"""Exact likelihood of a corpus under a transducer, a CTC model or a speech LLM.
 
 A half-trained transducer can have a low training loss and useless search results, or the reverse;
 the negative log-likelihood per label of the development set tells which.
@@ -29,10 +29,12 @@ class CorpusNLL:
         nll_per_label: nats; total_nll / num_labels.
         nll_per_utterance: nats.
         total_nll: nats.
-        num_labels: tokens of the transcripts.
+        num_labels: tokens of the transcripts; under a speech LLM also their ends, which it
+            predicts.
         num_utterances: utterances counted.
         num_impossible: utterances of probability zero (CTC: more labels, repetitions counted
-            twice, than frames; no frames at all), left out of all else.
+            twice, than frames; no frames at all; a speech LLM: more than its context holds),
+            left out of all else.
         alignment: of a transducer: means along the best alignments, see
             :class:`~espnet_llm_plugin.transducer.alignment.AlignmentSums`.
         internal_lm: of a transducer: word_perplexity of the texts, and their number of words.
@@ -58,18 +60,21 @@ def corpus_nll(
     """Exact -log P(text | speech), summed over all alignments, of a corpus.
 
     Args:
-        model: a transducer of this package, with its own predictor at its training scale, or an
-            ESPnet model with a CTC branch (whose likelihood it is then). Put in evaluation mode.
+        model: a transducer of this package, with its own predictor at its training scale, a
+            speech LLM of this package, or an ESPnet model with a CTC branch (whose likelihood it
+            is then). Put in evaluation mode.
         batches: utterance names and ``speech, speech_lengths, text, text_lengths``.
 
     Raises:
         UserError: no utterances, no labels, or a model that has neither.
     """
     is_transducer = isinstance(model, AbsTransducerModel)
-    if not is_transducer and getattr(model, "ctc", None) is None:
+    is_speech_llm = not is_transducer and hasattr(model, "utterance_nll")
+    if not (is_transducer or is_speech_llm or getattr(model, "ctc", None)):
         raise UserError(
-            f"cannot evaluate a {type(model).__name__}: expected model transducer or "
-            "factorized_transducer, or an ESPnet model with a CTC branch (ctc_weight > 0)"
+            f"cannot evaluate a {type(model).__name__}: expected model transducer, "
+            "factorized_transducer or speech_llm, or an ESPnet model with a CTC branch "
+            "(ctc_weight > 0)"
         )
     model.eval()
     device = next(model.parameters()).device
@@ -79,8 +84,12 @@ def corpus_nll(
         inputs = [
             batch[key].to(device) for key in ("speech", "speech_lengths", "text", "text_lengths")
         ]
-        values = _nll_along(model, sums, *inputs) if is_transducer else _ctc_nll(model, *inputs)
-        for name, value, count in zip(names, values.tolist(), batch["text_lengths"].tolist()):
+        if is_transducer:
+            values = _nll_along(model, sums, *inputs)
+        else:
+            values = (_speech_llm_nll if is_speech_llm else _ctc_nll)(model, *inputs)
+        counts = (batch["text_lengths"] + int(is_speech_llm)).tolist()
+        for name, value, count in zip(names, values.tolist(), counts):
             if math.isfinite(value):
                 total, labels, utterances = total + value, labels + count, utterances + 1
             else:
@@ -140,6 +149,14 @@ def _ctc_nll(
         blank=0,
         reduction="none",
     )
+
+
+def _speech_llm_nll(model: Any, *inputs: Tensor) -> Tensor:
+    try:
+        return model.utterance_nll(*inputs)
+    except UserError as error:
+        logging.warning("%s", error)
+        return torch.full((len(inputs[0]),), math.inf)
 
 
 def read_batches(

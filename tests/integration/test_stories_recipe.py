@@ -127,7 +127,8 @@ def test_every_configuration_is_used_and_there(all_rows, root):
         if value.startswith("conf/stories/")
     }
     there = {path.name for path in (root / "conf/stories").iterdir()}
-    assert used == there - {"results.yaml", "tune_tiny.yaml"}
+    others = {name for name in there if "speech_llm" in name or "copy_llama" in name}
+    assert used == there - {"results.yaml", "tune_tiny.yaml"} - others
 
 
 def test_a_row_needs_only_its_own_models(recipe):

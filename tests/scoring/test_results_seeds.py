@@ -11,6 +11,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring import results_page
 from espnet_llm_plugin.scoring.bootstrap import error_rate_interval, paired_difference
 from espnet_llm_plugin.scoring.results import load_results
+from espnet_llm_plugin.scoring.training_log import last_statistics
 from tests.scoring.test_results import score_set
 
 CONFIG = """
@@ -141,3 +142,30 @@ def test_bad_configurations(recipe, change, message):
     (recipe / "results.yaml").write_text(CONFIG.replace(*change))
     with pytest.raises(UserError, match=message):
         load_results("results.yaml")
+
+
+def test_weights_and_audio_gap_of_a_speech_llm(recipe):
+    """The gap is that of the last epoch, a mean over the seeds that were trained."""
+    epochs = "{n}epoch results: [train] loss=1, [valid] {gap}loss=1, time=1, [att_plot] time=2\n"
+    for seed, gap in ((1, 2.5), (3, 1.5)):
+        log = epochs.format(n=1, gap="shuffled_gap=0.1, ")
+        log += epochs.format(n=2, gap=f"acc=0.5, shuffled_gap={gap}, ")
+        (recipe / f"exp/e5_s{seed}/train.log").write_text(log)
+        weights = {"ctc_weight": 0.5, "textlm_weight": 0.25, "lm_weight": 0.1, "penalty": 1.5}
+        weights["length_norm"] = 0.0
+        (recipe / f"exp/e5_s{seed}/scales.json").write_text(json.dumps({"best": weights}))
+    (recipe / "exp/e5_s2/scales.json").unlink()
+    config = CONFIG.replace("perplexity: exp/e5_s{", "train_log: exp/e5_s{").replace(
+        "{seed}/nll.json", "{seed}/train.log"
+    )
+    (recipe / "results.yaml").write_text(config)
+    row = rows_of(load_results("results.yaml"), "5 epochs")[0]
+    assert row["audio gap"] == "2.00"
+    assert row["scales"] == "CTC 0.5, LLM without audio 0.25, bonus 1.5, LM 0.1, length norm 0"
+    (recipe / "exp/e5_s1/train.log").write_text(epochs.format(n=1, gap=""))
+    with pytest.raises(UserError, match="no epoch with shuffled_gap"):
+        load_results("results.yaml")
+    log = recipe / "exp/e5_s1/train.log"
+    assert last_statistics(log) == {"loss": 1.0}
+    with pytest.raises(UserError, match="no such training log"):
+        last_statistics(recipe / "none.log")

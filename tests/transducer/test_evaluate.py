@@ -146,3 +146,20 @@ def test_command_line_bad_input(files, tmp_path):
                 str(tmp_path),
             ]
         )
+
+
+def test_speech_llm(tmp_path, caplog):
+    """Its own likelihood, ends of sentences included; what exceeds its context is left out."""
+    from tests.speech_llm.tiny import batch, model, single
+    from tests.speech_llm.tiny_llm import save_adapted
+
+    llm = save_adapted(tmp_path / "llm", max_position_embeddings=16)
+    tiny = model(llm, model_conf={"ctc_weight": 0.5}).eval()
+    data = batch(frames=(9, 5, 14), texts=((3, 4, 4, 5), (6, 3), (7, 3, 4)))
+    names = ("speech", "speech_lengths", "text", "text_lengths")
+    one_by_one = [([f"u{i}"], dict(zip(names, single(data, i)))) for i in range(3)]
+    found = corpus_nll(tiny, one_by_one)
+    assert (found.num_utterances, found.num_labels, found.num_impossible) == (2, 5 + 3, 1)
+    expected = sum(float(tiny.utterance_nll(*single(data, i))) for i in range(2))
+    assert found.total_nll == pytest.approx(expected, rel=1e-5)
+    assert found.internal_lm == {} and "u2: the model cannot produce" in caplog.text

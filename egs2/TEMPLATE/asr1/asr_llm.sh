@@ -47,7 +47,7 @@ fs=16000                  # Sampling rate in Hz
 min_wav_duration=0.1      # Shorter training utterances are dropped (seconds)
 max_wav_duration=30       # Longer training utterances are dropped (seconds)
 drop_bad=false            # Drop broken utterances, counting and listing them, instead of stopping
-token_type=bpe            # bpe, char or word
+token_type=bpe            # bpe, char or word; hugging_face: the tokens of --llm (speech_llm)
 nbpe=500                  # Pieces of the bpe token list
 bpemode=unigram           # unigram or bpe
 bpe_char_cover=1.0        # Character coverage of the bpe token list
@@ -67,7 +67,7 @@ lm_args=                  # More options for espnet2.bin.lm_train
 lm_train_text=            # LM training texts, `id sentence` lines (default: training transcripts)
 lm_dev_text=              # LM validation text (default: transcripts of the valid set)
 lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
-llm=                      # Pretrained LLM to adapt: Hugging Face directory or hub id
+llm=                      # Pretrained LLM to adapt (or that has the tokens): directory or hub id
 oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
 asr_tag=                  # Name of the ASR experiment (default: from asr_config)
 asr_exp=                  # Directory of the ASR experiment (default: <expdir>/asr_<asr_tag>)
@@ -283,7 +283,15 @@ case ${token_type} in
         bpemodel=none
         token_name=${token_type}
         ;;
-    *) die "--token_type is '${token_type}'; expected bpe, char or word" ;;
+    hugging_face)
+        [ -n "${llm}" ] || die "--token_type hugging_face needs --llm, whose tokens it is"
+        [ "${use_lm}" = false ] ||
+            die "--token_type hugging_face: an LM over these tokens is the LLM itself; leave out --use_lm"
+        token_name=$(basename "${llm}")
+        token_dir=${token_listdir}/hugging_face_${token_name}
+        bpemodel=${llm} # as ESPnet calls it
+        ;;
+    *) die "--token_type is '${token_type}'; expected bpe, char, word or hugging_face" ;;
 esac
 token_list=${token_dir}/tokens.txt
 lm_sources=${lm_train_text:-${data_feats}/${train_set_sp}/text}
@@ -353,11 +361,19 @@ fi
 if runs 5; then
     log "stage 5: token list ${token_list}"
     text=${bpe_train_text:-${data_feats}/${train_set_sp}/text}
-    [ -f "${text}" ] || die "there is no ${text} to make tokens from: run the earlier stages"
-    mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}" \
-        "${bpe_nlsyms}" "${bpe_input_sentence_size}" "${nlsyms_txt}" "${cleaner}")
+    [ "${token_type}" = hugging_face ] || [ -f "${text}" ] ||
+        die "there is no ${text} to make tokens from: run the earlier stages"
+    if [ "${token_type}" = hugging_face ]; then
+        mark=$(checksum "${llm}" "$(llm_mark "${llm}")")
+    else
+        mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}" \
+            "${bpe_nlsyms}" "${bpe_input_sentence_size}" "${nlsyms_txt}" "${cleaner}")
+    fi
     if is_done "${token_dir}/.done" "${mark}"; then
         log "already done"
+    elif [ "${token_type}" = hugging_face ]; then
+        tool make_token_list --token_type hugging_face --llm "${llm}" --output_dir "${token_dir}"
+        mark_done "${token_dir}/.done" "${mark}"
     else
         tool make_token_list --token_type "${token_type}" --nbpe "${nbpe}" \
             --bpemode "${bpemode}" --bpe_char_cover "${bpe_char_cover}" \
@@ -622,13 +638,14 @@ fi
 
 if runs 13; then
     log "stage 13: scoring"
-    token_args="--token_list ${token_list}"
-    [ "${bpemodel}" = none ] || token_args+=" --bpemodel ${bpemodel}"
+    token_args="--token_list ${token_list} --token_type ${token_type}"
+    [ "${token_type}" != bpe ] || token_args+=" --bpemodel ${bpemodel}"
+    [ "${token_type}" != hugging_face ] || token_args="" # has no token error rate
     for name in ${eval_sets}; do
         [ -f "${decode_dir}/${name}/.done" ] || die "${decode_dir}/${name} is not decoded: run stage 12"
         # shellcheck disable=SC2086
         tool score --ref "${data_feats}/${name}/text" --hyp "${decode_dir}/${name}/text" \
-            --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} --token_type "${token_type}" \
+            --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} \
             --output_dir "${decode_dir}/${name}"
     done
     mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")

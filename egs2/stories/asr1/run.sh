@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Does an LLM swapped into a factorized transducer (Transducer-Llama, arXiv 2412.16464) pay, and
-# when? Sentences sampled from an LLM, spoken by synthetic voices; a table of 27 systems.
+# Sentences sampled from an LLM, spoken by synthetic voices, and two tables of systems. Does an LLM
+# swapped into a factorized transducer pay (Transducer-Llama, arXiv 2412.16464), and when? Speech
+# LLMs (arXiv 2307.11795, 2603.15045): what matters, and are they worth more than CTC + LLM fusion?
 #
 #   ./run.sh --llm_source DIR [--size full|less|small|tiny] [--rows "main"] [--encoders "offline"]
-#            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5]
+#            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5] [--experiment speech_llm]
 #
 #   --llm_source  pretrained LLM that writes the sentences and is then the LLM of the systems
 #                 (without it: a small LLaMA trained on the sentences of a grammar)
-#   --rows        rows or sets of rows (main, ablation, mismatch) of local/rows.txt, or all;
-#                 none: just write the table
+#   --experiment  transducer (local/rows.txt) or speech_llm (local/speech_llm_rows.txt)
+#   --rows        rows or sets of rows (main, ablation, ...) of that file, or all; none: just the table
 #   --encoders    offline, or milliseconds of a chunk: 160 320 640
-#   --epochs      of the transducers, each a table of its own
+#   --epochs      of transducers or speech LLMs, each a table of its own
 #   --jobs        rows at a time, each with one thread
 #   --stop_stage  5: data only
 #
@@ -24,7 +25,8 @@ cd "$(dirname "$0")"
 . ../../TEMPLATE/asr1/options.sh
 
 size=small llm_source="" rows=main encoders=offline epochs="" seeds=1 jobs=2 stop_stage=13
-read_options "size llm_source rows encoders epochs seeds jobs stop_stage" "$@"
+experiment=transducer
+read_options "size llm_source rows encoders epochs seeds jobs stop_stage experiment" "$@"
 # Utterances of train, dev, test and of LM text; small and less speak a part of full's sentences.
 texts=full text_size="3000 300 1600 48000" sample_args="" lm_args="" nbpe=300
 ctc_epochs=16 finetune_epochs=2 default_epochs=5
@@ -39,16 +41,13 @@ case ${size} in
         ;;
     *) die "--size is '${size}'; expected full, less, small or tiny" ;;
 esac
-for encoder in ${encoders}; do
-    [[ " offline 160 320 640 " == *" ${encoder} "* ]] ||
-        die "--encoders has '${encoder}'; expected some of offline 160 320 640"
-done
 epochs_list=${epochs:-${default_epochs}} train_utts=${sizes%% *}
 source=$(basename "${llm_source:-own}") name=${size}_$(basename "${llm_source:-own}")
 data=data/${name} exp=exp/${name}
 small_llama=exp/small_llama_${texts} llm=${llm_source:-exp/small_llama_${texts}/llm}
 export OMP_NUM_THREADS=1
 . local/models.sh
+. local/speech_llm.sh
 . local/steps.sh
 
 # shellcheck disable=SC2086

@@ -63,6 +63,7 @@ train_lm() {
             lm "$1" --llm "${small_llama}/llm" "${finetune[@]}" --lm_train_text "${text}"
             ;;
         lstm) lm "$1" --lm_config "$(config train_lstm_lm)" ;;
+        copy*) copying_lm "$1" ;; # speech_llm.sh
     esac
     local out=${exp}/lm_$1/perplexity.json
     if [ "$1" = lstm ]; then
@@ -83,10 +84,11 @@ place() { # model
     echo "${exp}/${condition}"
 }
 asr() { # model, configuration, options; `decoding` names what others need not wait for
-    local directory
+    local directory tokens=()
+    [ "${1#sl_native}" = "$1" ] || tokens=("${native_tokens[@]}")
     directory=$(place "$1")
     recipe "${name}_$(basename "${directory}")_$1_${decoding:-train}" --skip_data_prep true --expdir "${directory}" \
-        --asr_stats_dir "${exp}/asr_stats" --asr_tag "$1" --asr_config "$(config "$2")" "${@:3}"
+        --asr_stats_dir "${exp}/asr_stats" --asr_tag "$1" --asr_config "$(config "$2")" "${tokens[@]}" "${@:3}"
 }
 # Sets `settings` (configuration), `lm` (its LM), `from` (row whose model and scales it starts with)
 # and `options` (of training) of a model.
@@ -101,6 +103,7 @@ describe() {
         ft_lstm) settings=train_ft_lstm lm=lstm options="--freeze_param decoder.predictor" ;;
         ft_llm) settings=train_ft_llm lm=stories ;;
         ft_other) settings=train_ft_llm lm=other ;;
+        sl_*) describe_speech_llm "$1" ;; # speech_llm.sh
         *_rnnt_loss) from=${1%_rnnt_loss} options="--model_conf mwer_weight=0" ;;
         *_mwer) from=${1%_mwer} ;;
         *_mwer_n2) from=${1%_mwer_n2} options="--model_conf mwer_conf.nbest=2" ;;
@@ -137,10 +140,14 @@ train_model() {
         count=${finetune_epochs}
     elif [ "$1" = ctc_more ]; then
         start=(--pretrained_model "$(place ctc)/asr_ctc/valid.loss.ave.pth")
+    elif [ "$1" = sl_native ]; then # its CTC has other labels
+        start=(--pretrained_model "$(place ctc)/asr_ctc/valid.loss.ave.pth:encoder:encoder")
     elif [ "$1" != ctc ]; then
         start=(--ctc_init "$(place ctc)/asr_ctc")
     fi
-    if [ "${lm}" = lstm ]; then
+    if [[ $1 = sl_* ]]; then
+        options+=" --decoder_conf llm=$(llm_of "${lm}")"
+    elif [ "${lm}" = lstm ]; then
         start+=(--pretrained_model
             "${exp}/lm_lstm/predictor.pth:decoder.predictor:decoder.predictor")
     elif [ -n "${lm}" ]; then
@@ -150,6 +157,7 @@ train_model() {
         options+=" --encoder_conf chunk_size=$((encoder / 10)) --encoder_conf right_context=4"
     asr "$1" "${settings}" --skip_eval true --stop_stage 11 "${start[@]}" \
         --asr_args "$(schedule "${count}") --seed ${seed} ${options}"
+    [[ $1 != sl_* ]] || report_gap "$(place "$1")/asr_$1"
 }
 # What tuning found, as training options.
 scales_of() {

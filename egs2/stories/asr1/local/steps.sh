@@ -1,14 +1,23 @@
 # shellcheck shell=bash
-# Sourced by run.sh: rows of the table (local/rows.txt), their selection, and the table itself.
+# Sourced by run.sh: rows of the experiment's table, their selection, and the table itself.
 # shellcheck disable=SC2034,SC2154  # run.sh sets the options; a unit of work sets encoder, epochs and
 # seed; describe (models.sh) sets variables of its callers, of which some need only some
 
+case ${experiment} in
+    transducer) rows_file=local/rows.txt first_lm=stories part="" ;;
+    speech_llm) rows_file=local/speech_llm_rows.txt first_lm=copy part=_speech_llm ;;
+    *) die "--experiment is '${experiment}'; expected transducer or speech_llm" ;;
+esac
+for encoder in ${encoders}; do
+    [[ " offline 160 320 640 " == *" ${encoder} "* ]] ||
+        die "--encoders has '${encoder}'; expected some of offline 160 320 640"
+done
 rows_of() { # all, a set, or names of rows
     local word
     for word in "$@"; do
         awk -F ' *[|] *' -v word="${word}" '/^#/ {next} word == "all" || word == $1 || word == $2 {print $1; n++}
-            END {exit !n}' local/rows.txt ||
-            die "--rows: there is neither a row nor a set '${word}'; see local/rows.txt"
+            END {exit !n}' "${rows_file}" ||
+            die "--rows: there is neither a row nor a set '${word}'; see ${rows_file}"
     done | awk '!seen[$0]++'
 }
 # The rows of --rows; what cannot be run is noticed before hours of work.
@@ -23,7 +32,7 @@ select_rows() {
 field() { # row, column: model, use (of an LLM in decoding), scales or title
     local column
     case $2 in model) column=3 ;; use) column=4 ;; scales) column=5 ;; title) column=6 ;; esac
-    awk -F ' *[|] *' -v row="$1" -v column="${column}" '$1 == row {print $column}' local/rows.txt
+    awk -F ' *[|] *' -v row="$1" -v column="${column}" '$1 == row {print $column}' "${rows_file}"
 }
 tag_of() { # row
     local tag use
@@ -47,12 +56,13 @@ run_row() {
     esac
     [ -z "${use}" ] || train_lm "${use#* }"
     [ -z "${from}" ] || given+=(--inference_asr_model valid.mwer_expected_errors.ave.pth)
-    local grid=tune
+    local grid=tune tuner=tune_fusion
     [ "${scales}" = tuned ] || grid=tune_${scales}
     [ "${size}" != tiny ] || grid=tune_tiny
+    [[ ${model} != sl_* ]] || grid=${grid/tune/tune_speech_llm} tuner=tune_scales
     decoding=$(tag_of "$1")
     asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
-        --tune_tool tune_fusion --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
+        --tune_tool "${tuner}" --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
 }
 
 # --- all that was asked for -----------------------------------------------------------------------
@@ -62,7 +72,7 @@ units_of() {
     for encoder in ${encoders}; do
         for seed in ${seeds}; do
             echo "model ctc ${encoder} 0 ${seed}"
-            [ "${encoder} ${seed}" != "${encoders%% *} ${seeds%% *}" ] || echo "lm stories"
+            [ "${encoder} ${seed}" != "${encoders%% *} ${seeds%% *}" ] || echo "lm ${first_lm}"
         done
     done
     for encoder in ${encoders}; do
@@ -79,7 +89,8 @@ run_unit() { # words of a unit
         lm) train_lm "$2" ;;
         model) train_model "$2" ;;
         row)
-            mkdir -p "${exp}/${encoder}_e${epochs}_s${seed}" # the table has this condition
+            mkdir -p "${exp}/${encoder}_e${epochs}_s${seed}"
+            touch "${exp}/${encoder}_e${epochs}_s${seed}/.${experiment}" # its table has this condition
             run_row "$2"
             ;;
     esac
@@ -108,6 +119,7 @@ run_rows() {
 run_command() { # row
     local origin=""
     [ -z "${llm_source}" ] || origin="--llm_source LLM "
+    [ "${experiment}" = transducer ] || origin="--experiment ${experiment} ${origin}"
     echo "./run.sh ${origin}--size ${size} --rows $1 --encoders ${encoder} --epochs ${epochs}"
 }
 # Files with the seconds of all trainings that a row needs, LLMs' pretraining apart.
@@ -145,16 +157,22 @@ entry() { # row
     rtf: ${decoded}/test/logdir/output.1/rtf.json
     time: [$(times_of "$1" | sort -u | sed 's/.*/"&"/' | paste -sd ,)]
 ENTRY
-    # Neither CTC nor the RNN-T has a language model of its own.
-    [[ ${model} =~ ^(ctc|ctc_more|rnnt)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
+    # Neither CTC nor the RNN-T has a language model of its own; a speech LLM has no other.
+    [[ ${model} =~ ^(ctc|ctc_more|rnnt|sl_.*)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
+    [[ ${model} != sl_* ]] || echo "    train_log: $(place "${model}")/asr_${model}/train.log"
 }
 # One table for each encoder and number of epochs that there is. Rows of main are always in it, the
 # others if they were run, and in the first table.
 table() {
-    local encoder epochs row first=true conditions
+    local encoder epochs row first=true conditions condition
     conditions=$(find "${exp}" -maxdepth 1 -name '*_e*_s*' -printf '%f\n')
+    [ "${experiment}" = transducer ] || conditions=$(
+        while read -r condition; do
+            [ ! -f "${exp}/${condition}/.${experiment}" ] || echo "${condition}"
+        done <<< "${conditions}"
+    )
     {
-        cat "$(config results)"
+        cat "$(config "results${part}")"
         echo "seeds: [$(sed -E 's/.*_s//' <<< "${conditions}" | sort -nu | paste -sd ,)]"
         echo "systems:"
         while read -r encoder epochs; do
@@ -166,10 +184,11 @@ table() {
             first=false
         done < <(sed -E 's/^(.*)_e(.*)_s.*$/\1 \2/' <<< "${conditions}" | sort -u |
             awk '{print ($1 != "offline"), $0}' | sort -k1,1n -k2,2n -k3,3n | cut -d ' ' -f 2-)
-    } > "${exp}/results.yaml"
-    local results=${exp}/RESULTS.md
-    [ "${size}" != full ] || results=RESULTS.md
-    tool results_table --config "${exp}/results.yaml" --output "${results}" --plot "${exp}/wer.png"
+    } > "${exp}/results${part}.yaml"
+    local results=RESULTS${part}.md
+    [ "${size}" = full ] || results=${exp}/${results}
+    tool results_table --config "${exp}/results${part}.yaml" --output "${results}" \
+        --plot "${exp}/wer${part}.png"
 }
 was_run() { # row, for any seed
     local seed="*"
