@@ -149,3 +149,34 @@ def test_statistics_are_collected_without_training_an_llm(monkeypatch, decoder, 
     assert set(built) == ({"llm", "tuning"} if tuning == "frozen" else set(conf))
     args.collect_stats = False
     assert Task.build_model(args)[1] == conf
+
+
+def test_gradient_checkpointing_under_its_old_and_new_name():
+    """Both names of transformers; embeddings keep needing no gradient."""
+    import torch
+
+    class Model:
+        def __init__(self):
+            self.calls = []
+
+        def gradient_checkpointing_enable(self, kwargs):
+            self.calls.append(("old", kwargs))
+
+        def disable_input_require_grads(self):
+            self.calls.append("disable")
+
+    class NewModel(Model):
+        def activation_checkpointing_enable(self, kwargs):
+            self.calls.append(("new", kwargs))
+
+    for cls, name in ((Model, "old"), (NewModel, "new")):
+        model = cls()
+        compat.enable_gradient_checkpointing(model)
+        assert model.calls == [(name, {"use_reentrant": False}), "disable"]
+
+    from tests.llm.tiny import tiny_model
+
+    model = tiny_model("llama")
+    compat.enable_gradient_checkpointing(model)
+    assert model.is_gradient_checkpointing
+    assert not model.get_input_embeddings()(torch.tensor([[1, 2]])).requires_grad

@@ -86,6 +86,7 @@ class SpeechLLMRecognizer:
         options = options or SpeechLLMOptions()
         self.asr, self.lm, self.options = asr, lm, options
         self.decoder = asr.model.decoder
+        self.decoder.llm.merge()
         self.units = self.decoder.units
         self.device = next(asr.model.parameters()).device
         self.scales = options.weights

@@ -82,10 +82,9 @@ def write_tuned_llm(llm: TunedLLM, output_dir: Union[str, Path]) -> str:
     length = min(length, llm.context or length)
     ids = torch.randint(llm.vocab_size, (rows, length), generator=generator)
     expected = llm.model("cpu")(input_ids=ids, use_cache=False).logits.float()
-    dtype = _dtype(llm)
     merged = copy.deepcopy(llm).eval().model("cpu")
     merge_lora(merged)
-    merged.to(dtype)
+    tolerance = _TOLERANCE[merged.dtype]
     note: list[str] = []
 
     def write(partial: Path) -> None:
@@ -93,11 +92,11 @@ def write_tuned_llm(llm: TunedLLM, output_dir: Union[str, Path]) -> str:
         again = load_causal_lm(partial, dtype="auto")
         found = again(input_ids=ids, use_cache=False).logits.float()
         difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= _TOLERANCE[dtype]:
+        if not difference <= tolerance:
             raise UserError(
                 "the merged LLM is not the one that was trained: logits differ by "
-                f"{difference:.1e} of the largest (rounding of {dtype} explains "
-                f"{_TOLERANCE[dtype]:.0e}). Nothing was written; if the LLM was trained in half "
+                f"{difference:.1e} of the largest (rounding to {merged.dtype} explains "
+                f"{tolerance:.0e}). Nothing was written; if the LLM was trained in half "
                 "precision, set `dtype: float32` in the decoder_conf of the config to export it."
             )
         note.append(f"logits differ from those of training by {difference:.1e} of the largest")
@@ -105,13 +104,6 @@ def write_tuned_llm(llm: TunedLLM, output_dir: Union[str, Path]) -> str:
     with quiet_transformers():
         write_directory(output_dir, write)
     return f"wrote {output_dir}: {'; '.join(note)}"
-
-
-def _dtype(llm: TunedLLM) -> torch.dtype:
-    """Precision of the weights that are not trained."""
-    trained = {id(parameter) for parameter in llm.parameters()}
-    rest = (p.dtype for p in llm.model("cpu").parameters() if id(p) not in trained)
-    return next(rest, torch.float32)
 
 
 def _save(llm: TunedLLM, merged: Any, partial: Path, final: Path) -> str:

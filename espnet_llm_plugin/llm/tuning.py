@@ -48,7 +48,7 @@ class TunedLLM(torch.nn.Module):
         lora_conf: Options of LoRA, see :class:`espnet_llm_plugin.llm.lora.LoraOptions`.
         train_embeddings: Train the embeddings of input and output. By default with ``full`` alone.
         dtype: Of the frozen weights and the computation: ``float32``, ``bfloat16``, ``float16``
-            or ``auto`` (as stored). ``full`` needs ``float32``.
+            or ``auto`` (as stored). If the LLM's own weights are trained, ``float32``.
         gradient_checkpointing: Trade compute for memory in training.
         attn_implementation: ``sdpa``, or any name that transformers knows.
 
@@ -72,13 +72,13 @@ class TunedLLM(torch.nn.Module):
             raise UserError(f"unknown tuning {tuning!r}; expected one of {', '.join(TUNINGS)}.")
         if lora_conf is not None and tuning != "lora":
             raise UserError(f"lora_conf is for `tuning: lora`, got `tuning: {tuning}`.")
-        if tuning == "full" and dtype != "float32":
-            raise UserError(
-                f"dtype {dtype} is for weights that are not trained; with `tuning: full` leave it "
-                "at float32 and set ESPnet's `use_amp: true` (or `train_dtype`)."
-            )
         self.tuning = tuning
         self.train_embeddings = tuning == "full" if train_embeddings is None else train_embeddings
+        if dtype != "float32" and (tuning == "full" or self.train_embeddings):
+            raise UserError(
+                f"dtype {dtype} is for weights that are not trained; with `tuning: full` or "
+                "`train_embeddings: true` leave it at float32 and set ESPnet's `use_amp: true`."
+            )
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.source = FrozenLLM(llm, dtype=dtype)
@@ -176,9 +176,6 @@ class TunedLLM(torch.nn.Module):
                     f"LLM {self.source.name} has no gradient checkpointing ({error}); set "
                     "`gradient_checkpointing: false`."
                 ) from error
-        if self.train_embeddings and model.dtype != torch.float32:
-            model.get_input_embeddings().register_forward_hook(_Cast(model.dtype))
-            model.get_output_embeddings().register_forward_pre_hook(_cast_to_weight)
         self._loaded, self._placed = (model,), None
         return model
 
@@ -190,7 +187,7 @@ class TunedLLM(torch.nn.Module):
             for parameter in module.parameters()
         }
         return {
-            name: torch.nn.Parameter(parameter.detach().float())
+            name: torch.nn.Parameter(parameter.detach())
             for name, parameter in model.named_parameters()
             if (self.train_embeddings if id(parameter) in tables else self.tuning == "full")
         }
@@ -287,21 +284,6 @@ class TunedLLM(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.source.name}, tuning={self.tuning}, dtype={self.source.dtype}"
-
-
-class _Cast:
-    """Forward hook: output in the given precision."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __call__(self, module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.to(self.dtype)
-
-
-def _cast_to_weight(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Forward pre-hook: input in the precision of the weight."""
-    return (args[0].to(module.weight.dtype),)
 
 
 def _register(root: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:

@@ -56,11 +56,9 @@ def test_llm_with_its_own_tokens_keeps_its_tokenizer(tmp_path):
     assert ids[0] == ids[1] and len(ids[0]) > 3
 
 
-@pytest.mark.parametrize("train_embeddings", [False, True])
-def test_half_precision_stays_half_precision(tmp_path, train_embeddings):
+def test_half_precision_stays_half_precision(tmp_path):
     source = save_adapted_dir(tmp_path / "llm", char_tokens())
-    conf = {"dtype": "bfloat16", "train_embeddings": train_embeddings}
-    llm = moved(TunedLLM(str(source), **conf), 0.05).eval()
+    llm = moved(TunedLLM(str(source), dtype="bfloat16"), 0.05).eval()
     write_tuned_llm(llm, tmp_path / "out")
     found = load_causal_lm(tmp_path / "out", dtype="auto")
     assert {p.dtype for p in found.parameters()} == {torch.bfloat16}

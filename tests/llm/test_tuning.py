@@ -261,12 +261,11 @@ def test_family_without_checkpointing(llms, monkeypatch):
         TunedLLM(llms(), gradient_checkpointing=True).model()
 
 
-@pytest.mark.parametrize("train_embeddings", [False, True])
-@pytest.mark.parametrize("tied", [True, False])
-def test_half_precision_base_with_full_precision_training(llms, train_embeddings, tied):
-    conf = {"tuning": "lora", "train_embeddings": train_embeddings}
-    exact = TunedLLM(llms(tied=tied), **conf)
-    half = TunedLLM(llms(tied=tied), dtype="bfloat16", **conf)
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_half_precision_base_with_full_precision_training(llms, targets):
+    conf = {"tuning": "lora", "lora_conf": {"targets": targets}}
+    exact = TunedLLM(llms(), **conf)
+    half = TunedLLM(llms(), dtype="bfloat16", **conf)
     half.load_state_dict(moved(exact).state_dict())
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     own = {p.data_ptr() for p in half.parameters()}
@@ -395,11 +394,20 @@ class TestCheckpoints(CheckpointContract):
             {"tuning": "frozen"},
             {"tuning": "frozen", "train_embeddings": True},
             {"tuning": "lora", "lora_conf": {"r": 3, "rslora": True}},
-            {"tuning": "lora", "train_embeddings": True, "dtype": "bfloat16"},
+            {"tuning": "lora", "dtype": "bfloat16"},
+            {"tuning": "lora", "train_embeddings": True},
             {"tuning": "full"},
             {"tuning": "full", "train_embeddings": False},
         ],
-        ids=["frozen", "embeddings", "lora", "lora-embeddings-bf16", "full", "full-but-embeddings"],
+        ids=["frozen", "tables", "lora", "lora-bf16", "lora-tables", "full", "full-but-tables"],
+            "frozen",
+            "embeddings",
+            "lora",
+            "lora-bf16",
+            "lora-embeddings",
+            "full",
+            "full-but-embeddings",
+        ],
     )
     def _conf(self, request, llms):
         self.llms, self.conf = llms, request.param
@@ -587,6 +595,7 @@ def test_bad_combinations(llms):
         ({"tuning": "half"}, "unknown tuning 'half'; expected one of frozen, lora, full"),
         ({"tuning": "full", "lora_conf": {"r": 8}}, "lora_conf is for `tuning: lora`"),
         ({"tuning": "full", "dtype": "bfloat16"}, "leave it at float32.*use_amp"),
+        ({"train_embeddings": True, "dtype": "auto"}, "dtype auto is for weights that are not"),
         ({"dtype": "int8"}, "unknown LLM dtype"),
     ):
         with pytest.raises(UserError, match=message):
