@@ -58,6 +58,9 @@ def test_configuration(tmp_path, name):
     parts = [model.encoder, *([model.decoder.adapter] if "decoder" in conf else [])]
     parameters = sum(p.numel() for part in parts for p in part.parameters())
     stated = re.search(r"([\d.]+) M\s+(# )?parameters", text)
+    groups = conf.get("optim_conf", {}).get("groups", {})
+    names = [name for name, _ in model.named_parameters()]
+    assert all(any(name.startswith(f"{group}.") for name in names) for group in groups)
     assert stated[1] in (f"{parameters / 1e6:.0f}", f"{parameters / 1e6:.1f}")
     if "decoder" in conf:
         assert not model.decoder.llm.is_loaded
