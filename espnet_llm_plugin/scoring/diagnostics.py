@@ -7,6 +7,7 @@ from typing import Optional, Union
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.alignment import CORRECT, DELETION, INSERTION, SUBSTITUTION, pairs
+from espnet_llm_plugin.scoring.hallucination import Hallucination, named_values
 from espnet_llm_plugin.scoring.report import percentage_cells, round_half_up
 from espnet_llm_plugin.scoring.table import plain
 from espnet_llm_plugin.scoring.wer import Scored, Summary, fold_case
@@ -111,8 +112,12 @@ def total_group(groups: list[WordGroup]) -> WordGroup:
     return WordGroup(tuple(word for group in groups for word in group.words), *sums)
 
 
-def diagnostics_text(scored: Scored, groups: Optional[list[WordGroup]] = None) -> str:
-    """A page for the reader: errors by length, most frequent errors, words of interest."""
+def diagnostics_text(
+    scored: Scored,
+    groups: Optional[list[WordGroup]] = None,
+    signs: Optional[Hallucination] = None,
+) -> str:
+    """A page for the reader: errors by length and kind, hallucination, words of interest."""
     header = ["ref. words", "Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err"]
     rows = [[name, *percentage_cells(summary)] for name, summary in by_length(scored).items()]
     text = [
@@ -128,6 +133,13 @@ def diagnostics_text(scored: Scored, groups: Optional[list[WordGroup]] = None) -
             for words, number in top
         ]
         text.append(f"Most frequent {names[kind]} ({table.total()} in all)\n{''.join(lines)}")
+    if signs is not None:
+        lines = [f"{name:<46}  {value}\n" for name, value in named_values(signs)]
+        lines += [
+            f"{utterance} says {copies:g} times: {phrase}\n"
+            for utterance, phrase, copies in signs.examples
+        ]
+        text.append(f"Signs of hallucination\n{''.join(lines)}")
     if groups:
         header = ["words", "ref", "hyp", "correct", "within", "recall %", "precision %"]
         rows = [_group_cells(" ".join(group.words), group) for group in groups]

@@ -3,7 +3,7 @@
 Layout of the output directory (the decoding directory of the test set, as in ESPnet)::
 
     score_wer/{ref.trn,hyp.trn,result.txt,utterances.tsv}   likewise score_cer, score_ter
-    diagnostics.txt      errors by length, most frequent errors, words of interest
+    diagnostics.txt      errors by length and kind, signs of hallucination, words of interest
     scores.json          all sums; written last, so it is there only if the rest is
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring import bootstrap, diagnostics
+from espnet_llm_plugin.scoring.hallucination import Hallucination, hallucination
 from espnet_llm_plugin.scoring.report import result_text
 from espnet_llm_plugin.scoring.trn import (
     name_some,
@@ -144,7 +145,8 @@ def evaluate(
     for unit, result in scored.items():
         scores[unit] = _unit_scores(result, resamples, seed)
     found = None if groups is None else diagnostics.word_groups(scored[WER], groups)
-    scores["diagnostics"] = _diagnostics(scored[WER], found)
+    signs = hallucination(scored[WER])
+    scores["diagnostics"] = _diagnostics(scored[WER], found, signs)
     scores["comparisons"] = {
         other: asdict(compare_counts(Counted.of(scored[WER]), read_counts(other), resamples, seed))
         for other in compare
@@ -161,7 +163,7 @@ def evaluate(
         with atomic_write(directory / "result.txt") as stream:
             stream.write(result_text(result, f"{unit.upper()} of {hyp}"))
     with atomic_write(out / "diagnostics.txt") as stream:
-        stream.write(diagnostics.diagnostics_text(scored[WER], found))
+        stream.write(diagnostics.diagnostics_text(scored[WER], found, signs))
     with atomic_write(out / SCORES) as stream:
         json.dump(scores, stream, indent=1, ensure_ascii=False)
         stream.write("\n")
@@ -191,12 +193,15 @@ def _unit_scores(scored: Scored, resamples: int, seed: int) -> dict:
     }
 
 
-def _diagnostics(scored: Scored, groups: Optional[list[diagnostics.WordGroup]]) -> dict:
+def _diagnostics(
+    scored: Scored, groups: Optional[list[diagnostics.WordGroup]], signs: Hallucination
+) -> dict:
     table: dict = {
         "length_ratio": diagnostics.length_ratio(scored),
         "by_length": {
             name: _summary_dict(summary) for name, summary in diagnostics.by_length(scored).items()
         },
+        "hallucination": signs.as_dict(),
     }
     if groups is not None:
         table["words"] = [
