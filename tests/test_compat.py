@@ -153,7 +153,6 @@ def test_statistics_are_collected_without_training_an_llm(monkeypatch, decoder, 
 
 def test_gradient_checkpointing_under_its_old_and_new_name():
     """Both names of transformers; embeddings keep needing no gradient."""
-    import torch
 
     class Model:
         def __init__(self):

@@ -400,14 +400,6 @@ class TestCheckpoints(CheckpointContract):
             {"tuning": "full", "train_embeddings": False},
         ],
         ids=["frozen", "tables", "lora", "lora-bf16", "lora-tables", "full", "full-but-tables"],
-            "frozen",
-            "embeddings",
-            "lora",
-            "lora-bf16",
-            "lora-embeddings",
-            "full",
-            "full-but-embeddings",
-        ],
     )
     def _conf(self, request, llms):
         self.llms, self.conf = llms, request.param
