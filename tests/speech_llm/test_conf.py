@@ -15,6 +15,7 @@ PROMPT = ["transcribe", "speech", "to", "text"]
 WORDS = ["<blank>", "<unk>", *PROMPT, *(f"w{i}" for i in range(9993)), "<sos/eos>"]
 # Width of the LLM that a configuration names: all that the size of the other parts depends on.
 WIDTHS = {"llama7b": 4096, "qwen2_0.5b": 896, "mini": 128}
+WIDTHS |= {"bloom560m": 1024, "bloom1b7": 2048, "bloom7b1": 4096}
 
 
 def llm_of_width(directory, width, native):
