@@ -449,6 +449,21 @@ def test_checkpoints_of_another_tuning_or_rank(llms):
     assert torch.equal(lora.identity.fingerprint, TunedLLM(llms()).identity.fingerprint)
 
 
+def test_two_stages_as_two_runs(llms, tmp_path):
+    """--init_param: what was trained beside the frozen LLM goes on beside LoRA."""
+    from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+
+    first = SpeechLike(TunedLLM(llms(), tuning="frozen"))
+    torch.save(first.state_dict(), tmp_path / "1.pth")
+    second = SpeechLike(TunedLLM(llms(), tuning="lora"))
+    load_pretrained_model(str(tmp_path / "1.pth"), second, False)
+    assert torch.equal(first.audio, second.audio)
+    assert float(first(IDS)) == pytest.approx(float(second(IDS)), abs=1e-5)
+    other = SpeechLike(TunedLLM(llms(seed=1), tuning="lora"))
+    with pytest.raises(UserError, match="not the one recorded"):
+        load_pretrained_model(str(tmp_path / "1.pth"), other, False)
+
+
 def test_training_goes_on_as_if_it_had_not_stopped(llms):
     """Model and optimizer state saved and loaded in the middle, with checkpointing."""
     from espnet_llm_plugin.optimizers import AdamWGroups
