@@ -214,6 +214,8 @@ def test_audio_that_is_ignored_has_no_gap(llm):
 DECODER_CONF = [
     {"adapter_conf": {"stack": 2}},
     {"adapter_conf": {"match_text_scale": True}},
+    {"adapter_conf": {"projection": "mlp"}},
+    {"adapter_conf": {"extra_layers": 1, "extra_layers_conf": {"attention_heads": 2}}},
     {"adapter": "ctc_compression", "adapter_conf": {"threshold": 0.1}},
     {"adapter": "ctc_embedding", "adapter_conf": {"blank_weight": 1.0}},
     {"interface": "merged"},
@@ -447,6 +449,13 @@ def test_statistics_of_features_do_not_load_the_llm(llm, monkeypatch):
     speech, lengths, text, text_lengths = batch()
     feats = made.collect_feats(speech, lengths, text, text_lengths)
     assert torch.equal(feats["feats"], speech)
+
+
+def test_features_can_be_left_out_of_the_statistics(llm):
+    """ESPnet reads the option, and this attribute."""
+    assert model(llm).extract_feats_in_collect_stats
+    without = model(llm, model_conf={"extract_feats_in_collect_stats": False})
+    assert not without.extract_feats_in_collect_stats
 
 
 # --- bad configurations ---
