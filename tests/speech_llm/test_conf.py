@@ -48,9 +48,8 @@ def test_configuration(tmp_path, name):
             from espnet_llm_plugin.llm.native import native_token_list
 
             tokens = native_token_list(llm)
-        if "ctc_vocabulary" in conf.get("model_conf", {}):
-            words = tmp_path / "words.txt"
-            options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
+        for key in {"ctc_vocabulary", "prefix_ctc_vocabulary"} & set(conf.get("model_conf", {})):
+            options += ["--model_conf", f"{key}.token_list={tmp_path / 'words.txt'}"]
     (tmp_path / "tokens.txt").write_text("\n".join(tokens) + "\n")
     options += ["--token_list", str(tmp_path / "tokens.txt")]
     args = ASRTask.get_parser().parse_args(options)
