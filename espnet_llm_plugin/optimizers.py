@@ -56,7 +56,8 @@ class AdamWGroups(torch.optim.AdamW):
     Parameters of a frozen group get no gradient (clipping sees those of the others alone), no
     weight decay, and no statistics of Adam. Their gradient is computed nevertheless, so that
     distributed training need not know of it; to save that too, train with ``tuning: frozen``
-    first and go on with ``--init_param``.
+    first and go on with ``--init_param``. Statistics of batch normalisation are no parameters: they
+    follow the data in these updates too.
 
     Args:
         params: ``model.named_parameters()``.

@@ -562,6 +562,7 @@ def test_merging_what_is_not_finite(llms):
     [
         ("llama", ["c_attn"], "'c_attn' matches nothing.*are: down_proj, gate_proj, k_proj"),
         ("llama", ["q_proj", "k"], "target 'k' matches nothing"),
+        ("mamba", "attention", "'attention' matches nothing.*are: dt_proj, in_proj.*all-linear"),
         ("gpt2", ["q_proj"], "'q_proj' matches nothing.*are: c_attn, c_fc, c_proj.*all-linear"),
         ("llama", ["input_layernorm"], "'input_layernorm' matches a LlamaRMSNorm"),
         ("llama", "lm_head", "one and the same at input and output.*would untie.*train_embeddings"),
