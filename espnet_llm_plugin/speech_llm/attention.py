@@ -127,6 +127,16 @@ def why_no_reading(config: Any) -> Optional[str]:
     return None
 
 
+class Plain:
+    """A reading that attends as if it were not there."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def attend(self, module, query, key, value, mask, scaling, dropout):
+        return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout)
+
+
 class Weighing:
     """A reading that measures how much attention some queries give to some keys.
 

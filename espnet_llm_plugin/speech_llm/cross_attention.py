@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.speech_llm.attention import ARGUMENT, check_read, installed
+from espnet_llm_plugin.speech_llm.attention import ARGUMENT, Plain, check_read, installed
 from espnet_llm_plugin.speech_llm.interface import Interface
 from espnet_llm_plugin.speech_llm.llm_parts import (
     ALTERNATIVE,
@@ -148,10 +148,11 @@ class CrossAttentionInterface(Interface):
         return _CrossStep(self, state, parents)
 
 
-class _Crossing:
+class _Crossing(Plain):
     """What the cross-attention layers of one forward read: audio of each row."""
 
     def __init__(self, interface: CrossAttentionInterface, audio: list, valid: Tensor):
+        super().__init__()
         self.layers, self.every = interface.layers, interface.every
         self.audio, self.valid = audio, valid
         self.crossed = 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from espnet_llm_plugin.speech_llm.attention import sdpa
+from espnet_llm_plugin.speech_llm.attention import Plain
 
 ROOM = 64  # columns that are allocated for text at once, at least
 _STEPS = 16  # and at least for so many steps
@@ -195,7 +195,7 @@ def _repack(
     return keys.select(utterances, columns, room), seen.gather(1, columns[index])
 
 
-class Recording:
+class Recording(Plain):
     """A reading that attends as ever, and keeps keys and values.
 
     Args:
@@ -203,8 +203,9 @@ class Recording:
     """
 
     def __init__(self, keys: SharedKeys, begin: int = 0):
-        self.calls, self.keys, self.begin = 0, keys, begin
+        super().__init__()
+        self.keys, self.begin = keys, begin
 
     def attend(self, module, query, key, value, mask, scaling, dropout):
         self.keys.write(module.layer_idx, self.begin, key, value)
-        return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout)
+        return super().attend(module, query, key, value, mask, scaling, dropout)

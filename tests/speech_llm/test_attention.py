@@ -154,6 +154,23 @@ def test_cross_attention_before_every_second_layer(batch):
             layer.gate.data = gate
 
 
+def test_interfaces_of_one_llm_do_not_disturb_each_other(batch):
+    llm = held("llama")
+    names = ["prefix", "merged", "cross_attention", "merged", "prefix", "cross_attention"]
+
+    def build(name, llm):
+        torch.manual_seed(1)
+        return randomize(build_interface(name, llm))
+
+    expected = {name: build(name, held("llama"))(*batch)[0] for name in set(names)}
+    interfaces = {name: build(name, llm) for name in set(names)}
+    for name in names:
+        logits, _ = interfaces[name](*batch)
+        state = interfaces[name].start(*batch[:2])
+        close(interfaces[name].step(batch[2][:, 0], state)[0], logits[:, 0])
+        close(logits, expected[name])
+
+
 def test_dropout_of_cross_attention(batch):
     interface = randomize(build_interface("cross_attention", held(), {"dropout": 0.5}))
     with torch.no_grad():
