@@ -22,6 +22,24 @@ def read_keyed(path: Union[str, Path]) -> dict[str, str]:
     return {utterance: " ".join(value.split()) for utterance, value in table.items()}
 
 
+def read_token_ids(path: Union[str, Path]) -> dict[str, list[int]]:
+    """Read the ``token_int`` file of a decoding; a hypothesis may be empty.
+
+    Raises:
+        UserError: As :func:`read_keyed`, or something else than numbers.
+    """
+    ids = {}
+    for utterance, value in read_keyed(path).items():
+        try:
+            ids[utterance] = [int(number) for number in value.split()]
+        except ValueError as error:
+            raise UserError(
+                f"{path}: {utterance} has no token ids; expected the file token_int of a decoding "
+                f"directory ({error})"
+            ) from error
+    return ids
+
+
 def name_some(ids: Iterable[str], limit: int = 5) -> str:
     """Name a few of many utterances: ``a, b, ... (12 in all)``."""
     ids = list(ids)

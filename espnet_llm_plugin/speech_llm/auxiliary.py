@@ -8,7 +8,7 @@ vocabulary: blank 0, labels from 1 on, never the LLM's row numbers as such.
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from espnet2.asr.ctc import CTC
@@ -49,6 +49,10 @@ class CTCVocabulary(ABC):
             UserError: The labels are not the tokens.
         """
 
+    @abstractmethod
+    def text(self, labels: Sequence[int]) -> str:
+        """Text of labels, blank not among them."""
+
 
 class TokenVocabulary(CTCVocabulary):
     """The tokens of the token list: label = id for an ASR token list, id + 1 for an LLM's own.
@@ -58,6 +62,7 @@ class TokenVocabulary(CTCVocabulary):
     """
 
     def __init__(self, units: LabelUnits):
+        self._units = units
         self.shift = 0 if isinstance(units, AdaptedUnits) else 1
         self.size = units.vocab_size + self.shift
 
@@ -74,6 +79,9 @@ class TokenVocabulary(CTCVocabulary):
         tokens = torch.arange(self.size) - self.shift
         tokens[0] = blank
         return tokens
+
+    def text(self, labels: Sequence[int]) -> str:
+        return self._units.decode([label - self.shift for label in labels])
 
 
 class PieceVocabulary(CTCVocabulary):
@@ -125,6 +133,9 @@ class PieceVocabulary(CTCVocabulary):
             f"adapter ctc_embedding needs a CTC with the decoder's tokens, not {self.name}: leave "
             "out model_conf ctc_vocabulary"
         )
+
+    def text(self, labels: Sequence[int]) -> str:
+        return self._tokenizer.tokens2text(self._converter.ids2tokens(list(labels)))
 
 
 def ctc_vocabulary(key: str, conf: Optional[Mapping[str, Any]], units: LabelUnits) -> CTCVocabulary:
