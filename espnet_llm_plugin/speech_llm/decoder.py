@@ -124,7 +124,7 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
         conf = dict(adapter_conf or {})
         text_scale = None
         if adapter == "ctc_embedding" or conf.get("match_text_scale"):
-            text_scale = text_embedding_scale(llm, int(self.units.scored.nonzero().max()) + 1)
+            text_scale = text_embedding_scale(llm, self.units.scored_range[1])
         self.adapter = build_adapter(
             adapter, encoder_output_size, self.llm.hidden_size, text_scale=text_scale, **conf
         )

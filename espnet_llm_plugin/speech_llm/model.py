@@ -251,8 +251,9 @@ class SpeechLLMModel(ESPnetASRModel):
         if self.training and self.text_mask:
             tokens = mask_text(tokens, lengths, self.text_mask, self.mask_token)
         logits, audio_outputs = self.decoder.text_logits(audio, tokens, lengths)
-        smoothing = self.lsm_weight
-        return text_loss(logits, targets, lengths, self.decoder.scored, smoothing), audio_outputs
+        begin, end = self.decoder.units.scored_range
+        loss = text_loss(logits[..., begin:end], targets - begin, lengths, self.lsm_weight)
+        return loss, audio_outputs
 
     def _scores_shuffled_audio(self) -> bool:
         return self.shuffled_audio and not self.training

@@ -1,6 +1,6 @@
-"""Cross-entropy of the text, smoothed over the tokens that can be text.
+"""Cross-entropy of the text.
 
-B utterances, U tokens (EOS included), V tokens of the token list.
+B utterances, U tokens (EOS included), S tokens that can be text.
 """
 
 from typing import NamedTuple
@@ -43,37 +43,34 @@ class TextLoss(NamedTuple):
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def text_loss(
-    logits: Tensor, targets: Tensor, lengths: Tensor, scored: Tensor, smoothing: float = 0.0
-) -> TextLoss:
+def text_loss(logits: Tensor, targets: Tensor, lengths: Tensor, smoothing: float = 0.0) -> TextLoss:
     """Losses of a batch, in float32 also under autocast (the sum of all logits overflows float16).
 
-    Builds one float32 copy of the logits and no (B, U, V) targets.
+    Builds one float32 copy of the logits, and none if they are float32, and no (B, U, S) targets.
 
-    With smoothing e a target's token has weight 1 - e and each other token that can be text
-    e / (S - 1), S tokens that can be text in all, as in ESPnet's ``LabelSmoothingLoss`` (which has
-    the entropy of these weights, a constant, subtracted).
+    With smoothing e a target's token has weight 1 - e and each other token e / (S - 1), as in
+    ESPnet's ``LabelSmoothingLoss`` (which has the entropy of these weights, a constant,
+    subtracted).
 
     Args:
-        logits: (B, U, V).
-        targets: (B, U); anything valid beyond the lengths.
+        logits: (B, U, S).
+        targets: (B, U) in [0, S); anything beyond the lengths.
         lengths: (B,).
-        scored: (V,) bool, the tokens that can be text.
         smoothing: e in [0, 1).
     """
     logits = logits.float()
     inside = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
     targets = targets.masked_fill(~inside, 0)
-    masked = logits.masked_fill(~scored, -torch.inf)
-    total = masked.logsumexp(dim=-1)
+    total = logits.logsumexp(dim=-1)
     nll = total - logits.gather(-1, targets[..., None])[..., 0]
     smoothed = nll
     if smoothing:
-        share = smoothing / (int(scored.sum()) - 1)
-        # cross-entropy against the sum of all tokens' weights: a product, not another (B, U, V)
-        everything = int(scored.sum()) * total - logits @ scored.to(logits.dtype)
+        size = logits.shape[-1]
+        share = smoothing / (size - 1)
+        # cross-entropy against the sum of all tokens' weights
+        everything = size * total - logits.sum(dim=-1)
         smoothed = (1 - smoothing - share) * nll + share * everything
-    correct = masked.argmax(dim=-1) == targets
+    correct = logits.argmax(dim=-1) == targets
     return TextLoss(
         smoothed.masked_fill(~inside, 0.0).sum(dim=1),
         nll.masked_fill(~inside, 0.0).sum(dim=1),

@@ -53,8 +53,14 @@ class LabelUnits(ABC):
 
     @property
     @abstractmethod
+    def scored_range(self) -> tuple[int, int]:
+        """First id, and the one after the last, of tokens that can come next in a text."""
+
+    @property
     def scored(self) -> torch.Tensor:
-        """(V,) bool: the tokens that may come next in a text, EOS among them."""
+        """(V,) bool: the tokens that can come next in a text, EOS among them."""
+        ids, (begin, end) = torch.arange(self.vocab_size), self.scored_range
+        return (ids >= begin) & (ids < end)
 
     @property
     @abstractmethod
@@ -121,8 +127,8 @@ class AdaptedUnits(LabelUnits):
         self._bpemodel = str(bpemodel) if bpemodel.is_file() else None
 
     @property
-    def scored(self) -> torch.Tensor:
-        return torch.arange(self.vocab_size) > 0
+    def scored_range(self) -> tuple[int, int]:
+        return 1, self.vocab_size
 
     @property
     def spare_row(self) -> None:
@@ -170,8 +176,8 @@ class NativeUnits(LabelUnits):
         self._adds_space = self.tokenizer.tokenize("a") not in ([], ["a"])
 
     @property
-    def scored(self) -> torch.Tensor:
-        return torch.arange(self.vocab_size) < len(self.tokenizer)
+    def scored_range(self) -> tuple[int, int]:
+        return 0, min(len(self.tokenizer), self.vocab_size)
 
     @property
     def spare_row(self) -> Optional[int]:

@@ -54,7 +54,7 @@ def test_loss_is_that_of_transformers_one_utterance_at_a_time(llm, native, kind)
     made = model(directory, kind == "native", prompt={"before": "bad"}, adapter_conf={"stack": 2})
     reference = load_causal_lm(directory)
     data = batch()
-    nll, correct = [], 0
+    nll, everything, correct = [], [], 0
     for i in range(3):
         speech, lengths, text, _ = single(data, i)
         hs, hlens = made.encode(speech, lengths)
@@ -63,6 +63,7 @@ def test_loss_is_that_of_transformers_one_utterance_at_a_time(llm, native, kind)
         logits = reference_logits(reference, made.decoder, audio[0], text[0].tolist())
         logits[:, ~made.decoder.scored] = -torch.inf
         nll.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        everything.append(logits.log_softmax(-1))
         correct += int((logits.argmax(-1) == targets).sum())
     total = float(sum(nll))
     loss, stats = loss_of(made)
@@ -73,6 +74,11 @@ def test_loss_is_that_of_transformers_one_utterance_at_a_time(llm, native, kind)
     assert float(made(*data)[2]) == 10.0
     made.length_normalized_loss = False
     assert loss_of(made)[0] == pytest.approx(total / 3, rel=1e-4)
+    # smoothing too is over the tokens that can be text alone
+    made.lsm_weight = 0.2
+    share = 0.2 / (int(made.decoder.scored.sum()) - 1)
+    rest = sum(float(-log_probs[log_probs > -torch.inf].sum()) for log_probs in everything)
+    assert loss_of(made)[0] == pytest.approx(((0.8 - share) * total + share * rest) / 3, rel=1e-4)
     assert float(made(*data)[2]) == 3.0
 
 

@@ -22,7 +22,7 @@ def batch():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 def test_equals_espnet(smoothing, by_length):
     logits, targets, lengths = batch()
-    loss = text_loss(logits, targets, lengths, torch.ones(VOCAB, dtype=torch.bool), smoothing)
+    loss = text_loss(logits, targets, lengths, smoothing)
     padded = targets.masked_fill(torch.arange(5) >= lengths[:, None], -1)
     reference = LabelSmoothingLoss(VOCAB, -1, smoothing, normalize_length=by_length)
     expected = reference(logits, padded)
@@ -36,45 +36,33 @@ def test_equals_espnet(smoothing, by_length):
         for value in (loss.reduced(by_length), expected)
     ]
     torch.testing.assert_close(*gradients)
+    if not smoothing:
+        ce = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), padded.flatten(), ignore_index=-1
+        )
+        torch.testing.assert_close(loss.per_token(), ce)
     assert float(loss.accuracy()) == pytest.approx(th_accuracy(logits.view(-1, VOCAB), padded, -1))
-
-
-def test_tokens_that_are_no_text_have_no_part_in_it():
-    """As if their columns were not there, smoothing included."""
-    logits, targets, lengths = batch()
-    scored = torch.tensor([False, True, True, True, True, True, True, True, True])
-    for smoothing in (0.0, 0.2):
-        loss = text_loss(logits, targets, lengths, scored, smoothing)
-        without = text_loss(logits[..., 1:], targets - 1, lengths, scored[1:], smoothing)
-        torch.testing.assert_close(loss, without)
-    gradient = torch.autograd.grad(loss.reduced(True), logits)[0]
-    assert (gradient[..., 0] == 0).all() and torch.isfinite(gradient).all()
-    ce = torch.nn.functional.cross_entropy(logits[1, :2, 1:], targets[1, :2] - 1)
-    torch.testing.assert_close(loss.nll[1] / 2, ce)
-    torch.testing.assert_close(loss.per_token(), loss.nll.sum() / 10)
 
 
 def test_padding_has_no_effect():
     logits, targets, lengths = batch()
-    scored = torch.ones(VOCAB, dtype=torch.bool)
     inside = torch.arange(5) < lengths[:, None]
     other = text_loss(
         torch.where(inside[..., None], logits, 7.0),
         targets.masked_fill(~inside, 1),
         lengths,
-        scored,
         0.1,
     )
-    torch.testing.assert_close(other, text_loss(logits, targets, lengths, scored, 0.1))
+    torch.testing.assert_close(other, text_loss(logits, targets, lengths, 0.1))
 
 
 def test_half_precision_of_the_model_is_not_that_of_the_loss():
     """A vocabulary of an LLM: the sum of its logits is beyond float16."""
     torch.manual_seed(0)
     logits = (torch.randn(1, 3, 40000) - 4).half()
-    targets, scored = torch.tensor([[3, 4, 5]]), torch.ones(40000, dtype=torch.bool)
-    expected = text_loss(logits.float(), targets, torch.tensor([3]), scored, 0.1)
+    targets = torch.tensor([[3, 4, 5]])
+    expected = text_loss(logits.float(), targets, torch.tensor([3]), 0.1)
     with torch.autocast("cpu", dtype=torch.float16):
-        loss = text_loss(logits, targets, torch.tensor([3]), scored, 0.1)
+        loss = text_loss(logits, targets, torch.tensor([3]), 0.1)
     assert loss.smoothed.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
