@@ -200,3 +200,78 @@ def test_mls_balances_languages(steps, balance):
         assert call["--asr_args"].startswith("--max_epoch 1")
         balanced = "--batch_type catpow --upsampling_factor 0.3" in call["--asr_args"]
         assert balanced == (balance == "0.3")
+
+
+SPEECH_LLM = ["--system", "speech_llm", "--llm", "org/LLM", "--ngpu", "2"]
+
+
+def test_speech_llm_over_the_pieces(steps):
+    """LibriSpeech, as arXiv 2603.15045: adapted LLM, decoded alone and jointly with the CTC."""
+    arguments = ["--librispeech", "DIR", "--lm_text", "TEXT"]
+    data, ctc, lm, alone, joint = steps("librispeech", *arguments, *SPEECH_LLM)
+    assert all(call["--ngpu"] == "2" and call["--nbpe"] == "10000" for call in (data, ctc, joint))
+    assert ctc["--asr_config"] == "conf/speech_llm/train_ctc_60ms.yaml"
+    assert ctc["--inference_config"] == ""  # the speech LLM's is not for it
+    assert lm["--llm"] == "org/LLM" and lm["--lm_train_text"] == "data/lm_train/text"
+    for call in (alone, joint):
+        assert call["--asr_config"] == "conf/speech_llm/train_qwen2_0.5b_spm10k.yaml"
+        assert call["--asr_tag"] == "train_qwen2_0.5b_spm10k_LLM"
+        assert call["--ctc_init"] == f"exp/asr_{ctc['--asr_tag']}"
+        assert call["--asr_args"].split() == ["--decoder_conf", "llm=exp/lm_LLM/llm"]
+        assert "--token_type" not in call
+    assert alone["--inference_config"] == "conf/librispeech/decode_speech_llm.yaml"
+    assert "--tune_config" not in alone
+    assert joint["--inference_config"] == "conf/librispeech/decode_speech_llm_joint.yaml"
+    assert joint["--tune_config"] == "conf/librispeech/tune_speech_llm.yaml"
+    assert (alone["--inference_tag"], joint["--inference_tag"]) == ("decode_alone", "decode_joint")
+
+
+def test_speech_llm_over_its_own_tokens(steps):
+    """MLS, as arXiv 2307.11795: the LLM's tokens, greedy; languages balanced."""
+    data, ctc, tokens, alone = steps("mls", "--mls", "DIR", *SPEECH_LLM)
+    assert data["--nbpe"] == "1500"
+    assert ctc["--asr_config"] == "conf/speech_llm/train_ctc_80ms.yaml"
+    for call in (tokens, alone):
+        assert (call["--token_type"], call["--llm"]) == ("hugging_face", "org/LLM")
+    assert tokens["--stage"] == tokens["--stop_stage"] == "5"
+    assert alone["--asr_config"] == "conf/speech_llm/train_llama7b_240ms.yaml"
+    assert alone["--asr_args"].endswith("--decoder_conf llm=org/LLM")
+    assert "--upsampling_factor 0.5" in alone["--asr_args"]
+    assert alone["--inference_config"] == "conf/mls/decode_speech_llm.yaml"
+
+
+def test_ctc_pieces_beside_the_llms_tokens(steps, tmp_path):
+    """A configuration with a vocabulary of the CTC gets the files of the CTC model's pieces."""
+    exp = tmp_path / "egs2/mls/asr1/exp/asr_train_ctc_80ms"
+    exp.mkdir(parents=True)
+    (exp / "config.yaml").write_text("token_list:\n- <blank>\nbpemodel: data/pieces/bpe.model\n")
+    config = ["--asr_config", "conf/speech_llm/train_qwen2_0.5b_lora.yaml"]
+    *_, alone = steps("mls", "--mls", "DIR", *SPEECH_LLM, *config, "--balance", "none")
+    assert alone["--asr_args"].split() == [
+        *["--decoder_conf", "llm=org/LLM"],
+        *["--model_conf", "ctc_vocabulary.token_list=data/pieces/tokens.txt"],
+        *["--model_conf", "ctc_vocabulary.bpemodel=data/pieces/bpe.model"],
+    ]
+
+
+@pytest.mark.parametrize(("corpus", "units"), [("mls", "native"), ("librispeech", "adapted")])
+def test_mini_speech_llm(steps, root, corpus, units):
+    """The small LLM learns to copy; every configuration is there."""
+    calls = steps(corpus, "--mini", "true", "--system", "speech_llm")
+    configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
+    assert all((root / value).is_file() for value in configs)
+    assert f"conf/{corpus}/mini/train_copy_llama.yaml" in configs
+    assert calls[-1]["--asr_config"] == f"conf/{corpus}/mini/train_speech_llm.yaml"
+    assert ("--token_type" in calls[-1]) == (units == "native")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--system", "llm"], "--system is 'llm'; expected transducer or speech_llm"),
+        (["--system", "speech_llm", "--units", "bpe"], "--units is 'bpe'; expected native or"),
+    ],
+)
+def test_mistakes_of_speech_llms(recipes, arguments, message):
+    result = run(recipes / "librispeech/asr1", *arguments)
+    assert result.returncode == 2 and message in result.stderr

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464).
+# Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464), and what
+# they share with those of speech LLMs (speech_llm.sh).
 #
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5
 #   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
+#   system               what --system names: transducer_llama or speech_llm
 #   transducer_llama     CTC model -> FT with a weak LM -> with --llm: the LLM adapted to the pieces,
 #                        fine-tuned and swapped in -> with --finetune_config: trained further so
 #
@@ -14,12 +16,15 @@ template=$(dirname "${BASH_SOURCE[0]}")
 . "${template}/path.sh"
 # shellcheck source-path=SCRIPTDIR
 . "${template}/options.sh"
+# shellcheck source-path=SCRIPTDIR
+. "${template}/speech_llm.sh"
 common=() forwarded=()
+system=transducer units="" small_llama=train_llama num_pieces=5000
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
 ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
 finetune_model=valid.loss.ave.pth
 # For read_options, beside the recipe's own.
-shared_options="mini llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
+shared_options="mini system units llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
 shared_options+=" tune_config inference_config finetune_config finetune_model"
 
 usage() {
@@ -30,6 +35,12 @@ usage() {
 defaults() { # name of the corpus
     local conf=conf/$1/mini
     [ "${mini}" = true ] || [ "${mini}" = false ] || die "--mini is '${mini}'; expected true or false"
+    # shellcheck disable=SC2034  # small_llama and num_pieces are for run.sh
+    case ${system} in
+        transducer) ;;
+        speech_llm) small_llama=train_copy_llama && speech_llm_defaults "$1" ;;
+        *) die "--system is '${system}'; expected transducer or speech_llm" ;;
+    esac
     if [ "${mini}" = true ]; then
         : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
         : "${ctc_config:=${conf}/train_ctc.yaml}" "${asr_config:=${conf}/train_ft_weak.yaml}"
@@ -66,11 +77,16 @@ small_llm() { # configuration, number of pieces, text for them
     lm "$(tag_of "$1")" --lm_config "$1" "${pieces[@]}"
     llm=${expdir}/lm_$(tag_of "$1")/llm
     llm_tag=small
+    [ "${units}" != native ] || [ ! -f "${llm}/config.json" ] || as_native
 }
 
 asr() { # configuration, options
     recipe --skip_data_prep true --asr_tag "$(tag_of "$1")" --asr_config "$1" \
         --asr_args "${asr_args}" --inference_config "${inference_config}" --inference_tag decode "${@:2}"
+}
+
+system() {
+    if [ "${system}" = speech_llm ]; then speech_llm; else transducer_llama; fi
 }
 
 transducer_llama() {

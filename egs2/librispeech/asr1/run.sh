@@ -10,6 +10,8 @@
 #   --lm_text FILE       librispeech-lm-norm.txt.gz; `download`, or `none`: the transcripts
 #   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;
 #                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
+#   --system speech_llm      a speech LLM in place of transducers: --asr_config of conf/speech_llm, over
+#   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
 #   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
@@ -31,7 +33,7 @@ if [ "${mini}" = true ]; then
     common+=(--nbpe 200 --inference_nj 1)
     data_options+=" --mini_dir ${datadir}/corpus"
 else
-    common+=(--nbpe 5000)
+    common+=(--nbpe "${num_pieces}")
     data_options+=" --librispeech ${librispeech} --download_dir ${download_dir}"
     [ -z "${llm}" ] || data_options+=" --lm_text ${lm_text}"
 fi
@@ -39,5 +41,5 @@ fi
 
 data "${data_options}"
 [ "${mini}" = false ] || [ -n "${llm}" ] ||
-    small_llm conf/librispeech/mini/train_llama.yaml 300 "${lm_train_text}"
-transducer_llama
+    small_llm "conf/librispeech/mini/${small_llama}.yaml" 300 "${lm_train_text}"
+system

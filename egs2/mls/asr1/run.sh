@@ -11,6 +11,8 @@
 #   --lm_train_text "FILE ..."     other text for it, lines `id sentence`
 #   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;
 #                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
+#   --system speech_llm      a speech LLM in place of transducers: --asr_config of conf/speech_llm, over
+#   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
 #   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
@@ -29,7 +31,7 @@ if [ "${mini}" = true ]; then
     common+=(--nbpe 200 --inference_nj 1)
     data_options="--mini_dir ${datadir}/corpus"
 elif [ -n "${mls}" ]; then
-    common+=(--nbpe 5000)
+    common+=(--nbpe "${num_pieces}")
     data_options="--mls ${mls}"
 else
     die "--mls is missing; see ./run.sh --help"
@@ -40,8 +42,8 @@ fi
 
 data "${data_options} --langs ${langs}"
 [ "${mini}" = false ] || [ -n "${llm}" ] ||
-    small_llm conf/mls/mini/train_llama.yaml 300 "${dumpdir}/raw/train/text"
-transducer_llama
+    small_llm "conf/mls/mini/${small_llama}.yaml" 300 "${dumpdir}/raw/train/text"
+system
 if [ "${stop_stage}" -ge 13 ]; then
     python3 -m espnet_llm_plugin.bin.score_languages "${expdir}"/asr_*/decode*/test \
         --utt2lang "${dumpdir}/raw/test/utt2lang" --output "${expdir}/languages.md"
