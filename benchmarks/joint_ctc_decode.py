@@ -167,7 +167,7 @@ def make_run(args: argparse.Namespace) -> Callable:
             ctc = ESPnetCTC(task.log_probs[utterances[0]].clone())
         else:
             ctc = JointCTC(
-                task.log_probs[utterances],
+                task.log_probs,
                 torch.full((len(utterances),), args.frames),
                 vocab_size=args.vocab,
                 eos=args.vocab - 1,

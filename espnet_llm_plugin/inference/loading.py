@@ -21,7 +21,7 @@ class TextConverter:
     Args:
         token_list: V tokens.
         token_type: ``bpe``, ``char``, ``word``, ... or None (tokens only, no text).
-        bpemodel: SentencePiece model of token type ``bpe``.
+        bpemodel: SentencePiece model of token type ``bpe``; LLM of ``hugging_face``.
     """
 
     def __init__(
@@ -36,6 +36,10 @@ class TextConverter:
                 raise UserError("token_type bpe needs --bpemodel, the SentencePiece model")
             require_file(bpemodel, "--bpemodel", "the SentencePiece model of the token list")
             self._tokenizer = build_tokenizer(token_type="bpe", bpemodel=str(bpemodel))
+        elif token_type == "hugging_face":
+            if bpemodel is None:
+                raise UserError("token_type hugging_face needs --bpemodel, the LLM's directory")
+            self._tokenizer = build_tokenizer(token_type=token_type, bpemodel=str(bpemodel))
         elif token_type is not None:
             self._tokenizer = build_tokenizer(token_type=token_type)
 
@@ -121,13 +125,14 @@ def load_asr(
         swap_predictor(model, predictor, predictor_conf, predictor_file)
     elif predictor_conf or predictor_file:
         raise UserError("--predictor_conf and --predictor_file need --predictor")
+    bpemodel = bpemodel if bpemodel is not None else train_args.bpemodel
     return LoadedASR(
         model=model.to(device=device, dtype=getattr(torch, dtype)).eval(),
         train_args=train_args,
         text=TextConverter(
             model.token_list,
             token_type if token_type is not None else train_args.token_type,
-            bpemodel if bpemodel is not None else train_args.bpemodel,
+            bpemodel,
         ),
         is_ctc=is_ctc,
         sample_rate=_sample_rate(train_args),

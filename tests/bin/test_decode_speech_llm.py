@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 
 import pytest
 import yaml
 
 from espnet_llm_plugin.bin import asr_inference, tune_fusion, tune_scales
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.native import native_token_list
+from espnet_llm_plugin.speech_llm.units import label_units
 from tests.inference.tiny_asr import TOKENS, make_audio, make_lm, make_speech_llm, read_scp
 from tests.llm.tiny import save_adapted_dir
+from tests.speech_llm.tiny_llm import save_native
 
 SECONDS = {"utt-b": 0.9, "utt-a": 0.5, "utt-c": 1.3, "utt-d": 0.7}
 TEXT = {"utt-a": "ab c", "utt-b": "d a b d", "utt-c": "c", "utt-d": "a"}
@@ -34,7 +38,7 @@ def files(tmp_path_factory):
 def run(files, tmp_path):
     """Decode into ``tmp_path/out``; returns the n-best entries."""
 
-    def decode(*options, kind="speech_llm", wav=None, out="out"):
+    def decode(*options, kind="speech_llm", wav=None, out="out", read=True):
         data = f"{wav or files['wav']},speech,sound"
         asr_inference.main(
             [
@@ -43,7 +47,7 @@ def run(files, tmp_path):
                 *("--output_dir", str(tmp_path / out), *options),
             ]
         )
-        lines = (tmp_path / out / "nbest.jsonl").read_text().splitlines()
+        lines = (tmp_path / out / "nbest.jsonl").read_text().splitlines() if read else ()
         return [json.loads(line) for line in lines]
 
     return decode
@@ -151,6 +155,41 @@ def test_audio_beyond_the_context(run, tmp_path, caplog):
     assert "--long_form silence" in caplog.text
     entries = run("--beam_size", "1", "--long_form", "ctc", "--max_segment_seconds", "2", wav=wav)
     assert entries[0]["text"]
+
+
+def test_native_tokens(files, tmp_path, run):
+    llm = save_native(tmp_path / "llm")
+    tokens = native_token_list(str(llm))
+    kind = f"hugging_face\nbpemodel: {llm}"
+    conf = dict(token_type=kind, decoder_conf=", prompt: short")
+    files = {**files, "native": make_speech_llm(tmp_path / "native", llm, tokens, **conf)}
+    made = files["native"]
+    options = ["--ctc_weight", "0.3", "--textlm_weight", "0.1", "--beam_size", "3"]
+    options += ["--asr_train_config", str(made.config), "--asr_model_file", str(made.model)]
+    options += ["--maxlenratio", "-12", "--penalty", "2"]
+    entries = run(*options)
+    units = label_units(str(llm), len(tokens))
+    for entry in entries:
+        ids = [int(i) for i in entry["token_int"].split()]
+        assert ids and units.scored[ids].all() and units.eos not in ids
+        assert entry["text"] == units.decode(ids)
+    few = run(*options, "--ctc_top_k", "3", out="few")
+    assert few != entries
+
+
+def test_wide_beams_find_what_espnets_search_finds(run, tmp_path):
+    """ESPnet's own joint search with the same model as decoder; scores count one start less."""
+    options = ["--beam_size", "7", "--ctc_weight", "0.4", "--penalty", "0.3"]
+    ours = {entry["utt"]: entry for entry in run(*options, "--max_repeats", "0")}
+    theirs = tmp_path / "espnet"
+    run(*options, "--search", "espnet", out="espnet", read=False)
+    text = read_scp(theirs / "1best_recog" / "text")
+    scores = read_scp(theirs / "1best_recog" / "score")
+    assert len(set(text.values())) > 1
+    for utt, entry in ours.items():
+        assert entry["text"] == text[utt]
+        found = float(re.sub(r"[^-+.e0-9]", "", scores[utt].removeprefix("tensor")))
+        assert entry["total"] == pytest.approx(found, abs=1e-2)
 
 
 def test_model_without_ctc(run, caplog):
