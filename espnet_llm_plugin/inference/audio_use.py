@@ -37,7 +37,6 @@ from espnet_llm_plugin.speech_llm.attention import why_no_reading
 from espnet_llm_plugin.speech_llm.cross_attention import CrossAttentionInterface
 from espnet_llm_plugin.speech_llm.decoder import Audio, SpeechLLMDecoder
 from espnet_llm_plugin.speech_llm.model import SpeechLLMModel
-from espnet_llm_plugin.speech_llm.text_loss import text_loss
 
 TABLE = "utterances.tsv"
 # Tokens of an utterance whose similarities make a readable picture
@@ -196,7 +195,8 @@ def _nll(decoder: SpeechLLMDecoder, one: Utterance, audio: Optional[Audio] = Non
     targets = torch.nn.functional.pad(one.text, (0, 1), value=decoder.units.eos)
     lengths = torch.tensor([tokens.size(1)], device=tokens.device)
     logits, _ = decoder.text_logits(audio or one.audio, tokens, lengths)
-    return float(text_loss(logits, targets, lengths, decoder.scored).nll)
+    log_probs = logits.float().masked_fill(~decoder.scored, -torch.inf).log_softmax(dim=-1)
+    return -float(log_probs.gather(-1, targets[..., None]).sum())
 
 
 def _similarity(decoder: SpeechLLMDecoder, audio: Audio, text: Tensor) -> np.ndarray:
