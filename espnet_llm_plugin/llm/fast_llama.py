@@ -9,7 +9,7 @@ module calls, mask making, cache objects. Here a layer is about fifteen operatio
 weights: four small layers take a third of the time of ``transformers``' forward.
 """
 
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -109,12 +109,45 @@ class FastLlama:
             mask: What is no padding (N, P); None: nothing is.
             positions: Of the new tokens (N).
         """
-        number, new = tokens.size(0), slots[:, -1]
-        cos, sin = self._rotation(positions, slots.size(1))
+        new = slots[:, -1]
+        if mask is not None:  # once what attention would do with it in each layer
+            zeros = self._embedding.new_zeros(mask.shape)
+            mask = zeros.masked_fill_(~mask, -torch.inf)[:, None, None, :]
+
+        def attend(n: int, qkv: Tensor) -> Tensor:
+            # The G query heads that share keys and values are their G queries.
+            pool.put(n, new, qkv[:, self.heads :].flatten(1))
+            table, seen, window = slots, mask, self._layers[n].window
+            if window is not None and slots.size(1) > window:
+                table = slots[:, -window:]
+                seen = None if mask is None else mask[..., -window:]
+            found = pool.get(n, table).view(*table.shape, 2, self.kv_heads, -1).transpose(1, 3)
+            keys, values = found.unbind(2)
+            queries = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))
+            return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+
+        return self.forward(tokens, positions, slots.size(1), attend)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        length: int,
+        attend: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Logits (N, V) after new tokens whose attention is the caller's.
+
+        Args:
+            tokens: The new ones (N).
+            positions: Of the new tokens (N).
+            length: All positions are below it.
+            attend: From the number of a layer and rotated queries, keys and values (N, heads, D),
+                side by side, to what attention finds (N, ...), H G D numbers.
+        """
+        number = tokens.size(0)
+        cos, sin = self._rotation(positions, length)
         half, rotated = cos.size(-1) // 2, self.heads + self.kv_heads
         x = functional.embedding(tokens, self._embedding)
-        if mask is not None:  # once what attention would do with it in each layer
-            mask = x.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None, :]
         for n, layer in enumerate(self._layers):
             # 1. Queries, keys and values (N, heads, D) in one tensor, the first two rotated.
             y = torch.rms_norm(x, layer.norm.shape, layer.norm, self.eps)
@@ -126,16 +159,8 @@ class FastLlama:
             other = qk.roll(half, -1)
             qk.mul_(cos).addcmul_(other, sin)
 
-            # 2. Attention. The G query heads that share keys and values are their G queries.
-            pool.put(n, new, qkv[:, self.heads :].flatten(1))
-            table, seen = slots, mask
-            if layer.window is not None and slots.size(1) > layer.window:
-                table = slots[:, -layer.window :]
-                seen = None if mask is None else mask[..., -layer.window :]
-            found = pool.get(n, table).view(*table.shape, 2, self.kv_heads, -1).transpose(1, 3)
-            keys, values = found.unbind(2)
-            queries = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))
-            y = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+            # 2. Attention.
+            y = attend(n, qkv)
             x = _add_projected(x, y.reshape(number, -1), layer.out)
 
             # 3. Feed-forward.

@@ -88,6 +88,7 @@ class CrossAttentionInterface(Interface):
     """
 
     audio_takes_positions = False
+    _only_attention = False
 
     def __init__(self, llm: Any, every: int = 1, heads: Optional[int] = None, dropout: float = 0.0):
         super().__init__(llm)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.fast_llama import FastLlama, why_not_fast
 from espnet_llm_plugin.options import refuse_unknown
-from espnet_llm_plugin.speech_llm.attention import check_read, installed
+from espnet_llm_plugin.speech_llm.attention import check_read, installed, why_no_reading
 from espnet_llm_plugin.speech_llm.llm_parts import llm_logits, llm_outputs
 from espnet_llm_plugin.speech_llm.sequence import check_length
 from espnet_llm_plugin.speech_llm.state import SpeechState, Step
@@ -67,11 +68,14 @@ class Interface(torch.nn.Module, ABC):
     """
 
     audio_takes_positions = True
+    _only_attention = True  # nothing but the attention differs from the LLM without audio
 
     def __init__(self, llm: Any):
         super().__init__()
         self._llm = (llm,)  # in a tuple: no submodule
+        # Of the model that `start` has seen: itself, and its fast steps if it has any.
         self._checked: tuple[Any, ...] = ()
+        self._fast: tuple[FastLlama, ...] = ()
 
     @property
     def llm(self) -> Any:
@@ -120,8 +124,10 @@ class Interface(torch.nn.Module, ABC):
         """
         model = self.llm.model(audio.device)
         if not any(model is checked for checked in self._checked):
-            self._checked = (model,)
             self._check(model, audio.device)
+            self._checked = (model,)
+        for fast in self._fast:
+            fast.refresh()
         return self._start(audio, audio_lengths, tuple(before), tuple(after))
 
     @torch.no_grad()
@@ -176,6 +182,8 @@ class Interface(torch.nn.Module, ABC):
     def _step(self, tokens: Tensor, state: Any, parents: Tensor) -> tuple[Tensor, Any]:
         model = self.llm.model(tokens.device)
         step = self._reading(state, parents)
+        if self._fast and not model.training:
+            return self._fast_step(self._fast[0], tokens, step), step.state()
         # Not None: that would be made into a mask, which nobody reads.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         with installed(model):
@@ -189,17 +197,37 @@ class Interface(torch.nn.Module, ABC):
         check_read(model, step)
         return llm_logits(model, outputs[:, 0]), step.state()
 
+    def _fast_step(self, fast: FastLlama, tokens: Tensor, step: Step) -> Tensor:
+        heads = [fast.heads, fast.kv_heads, fast.kv_heads]
+        return fast.forward(
+            tokens,
+            step.positions,
+            step.length,
+            lambda layer, qkv: step.attend_rows(layer, *qkv.split(heads, dim=1)),
+        )
+
     def _reading(self, state: SpeechState, parents: Tensor) -> Step:
         return Step(state, parents)
 
     def _check(self, model: Any, device: torch.device) -> None:
         """Refuse an LLM whose stepwise logits are not the teacher-forced ones."""
-        reason = self._difference(model, device)
+        reason = self._why_no_steps(model, device)
         if reason is not None:
             raise UserError(
                 f"{type(self).__name__} cannot decode with {type(model).__name__} ({reason}); use "
                 "`interface: prefix`."
             )
+
+    def _why_no_steps(self, model: Any, device: torch.device) -> Optional[str]:
+        """Why hypotheses cannot share keys and values; None: they can. Finds the fastest way."""
+        self._fast = ()
+        reason = why_no_reading(model.config)
+        if reason is None and self._only_attention and why_not_fast(model) is None:
+            self._fast = (FastLlama(model),)
+            if self._difference(model, device) is None:
+                return None
+            self._fast = ()
+        return reason or self._difference(model, device)
 
     def _difference(self, model: Any, device: torch.device) -> Optional[str]:
         """How stepwise and teacher-forced logits differ on a small ragged batch; None: not."""
@@ -242,4 +270,4 @@ class Interface(torch.nn.Module, ABC):
         return audio, lengths.to(device=audio.device, dtype=torch.long)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_checked": ()}
+        return {**self.__dict__, "_checked": (), "_fast": ()}

@@ -121,7 +121,7 @@ class PrefixInterface(Interface):
 
     def _check(self, model, device):
         self._shares = True
-        reason = why_no_reading(model.config) or self._difference(model, device)
+        reason = self._why_no_steps(model, device)
         if reason is not None:
             self._shares = False
             logging.warning(

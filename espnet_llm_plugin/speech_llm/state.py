@@ -163,16 +163,24 @@ class Step:
         return self._mask
 
     def attend(self, module, query, key, value, mask, scaling, dropout):
+        query, key, value = (x.squeeze(2) for x in (query, key, value))
+        return self.attend_rows(module.layer_idx, query, key, value, scaling)[:, None]
+
+    def attend_rows(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: Optional[float] = None
+    ) -> Tensor:
+        """Attention of a layer: queries (N, J G, D), keys and values (N, J, D) of the new tokens ->
+        (N, J G, D)."""
         heads, groups = key.size(1), query.size(1) // key.size(1)
-        query, key, value = (self.grouped(x.squeeze(2)) for x in (query, key, value))
-        layer = module.layer_idx
+        query, key, value = (self.grouped(x) for x in (query, key, value))
         key, value = self.keys.write(layer, self.begin, key.transpose(1, 2), value.transpose(1, 2))
+        # (A, W, J G, D) -> (A, J, W G, D)
         query = query.unflatten(2, (heads, groups)).transpose(1, 2).flatten(2, 3)
         found = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=self.mask(groups, query.dtype), scale=scaling
         )
         found = found.unflatten(2, (self.width, groups)).transpose(1, 2).flatten(2, 3)
-        return self.ungrouped(found)[:, None]
+        return self.ungrouped(found)
 
     def state(self) -> SpeechState:
         """Of the new rows, after the forward."""

@@ -142,6 +142,27 @@ def test_cross_attention_begins_as_the_llm_and_learns_its_gates_first(batch):
     close(llm.model()(torch.cat([prompt, text], dim=1)).logits[:, 3:], plain)
 
 
+def test_cross_attention_that_is_trained_after_decoding(batch):
+    interface = build_interface("cross_attention", held("llama")).eval()
+    interface.start(*batch[:2])
+    randomize(interface)
+    state = interface.start(*batch[:2])
+    close(interface.step(batch[2][:, 0], state)[0], interface(*batch)[0][:, 0])
+
+
+@pytest.mark.parametrize("name", ["prefix", "merged"])
+def test_steps_of_a_llama_need_no_modules_and_follow_its_weights(name, batch, monkeypatch):
+    llm = held("llama")
+    interface = build_interface(name, llm).eval()
+    interface.start(*batch[:2])
+    for parameter in llm.model().parameters():
+        parameter.mul_(1.1)
+    expected, _ = interface(*batch)
+    state = interface.start(*batch[:2])
+    monkeypatch.delattr(type(llm.model().base_model), "forward")
+    close(interface.step(batch[2][:, 0], state)[0], expected[:, 0])
+
+
 def test_cross_attention_before_every_second_layer(batch):
     llm = held("llama", num_hidden_layers=5)
     interface = randomize(build_interface("cross_attention", llm, {"every": 2}))
