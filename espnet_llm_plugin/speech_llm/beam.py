@@ -158,20 +158,12 @@ class Finished:
             torch.full((utterances, longest), -torch.inf, device=device),
         )
 
-    def add(
-        self,
-        found: Beam,
-        ends: torch.Tensor,
-        is_end: torch.Tensor,
-        length: int,
-        length_norm: float,
-    ) -> None:
+    def add(self, found: Beam, ends: torch.Tensor, length: int, length_norm: float) -> None:
         """Add extensions.
 
         Args:
             found: Of A utterances (A, M).
             ends: Which of them are finished (A, M).
-            is_end: Which have the end symbol (A, M); only these tell of the end.
             length: Their tokens, the end symbol counted.
             length_norm: See :class:`~.hypothesis.SearchWeights`.
         """

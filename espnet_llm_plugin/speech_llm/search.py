@@ -186,7 +186,7 @@ class LabelSearch:
             is_end = token == self.eos
             in_beam = torch.arange(token.size(1), device=device) < self.beam_size
             ends = (is_end | last) & in_beam & (values > -torch.inf)
-            finished.add(found, ends, is_end, step + 1, self.weights.length_norm)
+            finished.add(found, ends, step + 1, self.weights.length_norm)
             # 5. The K best others go on.
             order = is_end.long().argsort(dim=1, stable=True)[:, : self.beam_size]
             chosen = found.take(order)

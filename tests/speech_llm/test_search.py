@@ -183,7 +183,7 @@ def test_end_detection_is_espnets():
                 torch.zeros(1, 2, dtype=torch.long),
                 torch.zeros(1, 2, 1),
             )
-            finished.add(found, ends[i : i + 1], ends[i : i + 1], i + 1, 0.0)
+            finished.add(found, ends[i : i + 1], i + 1, 0.0)
             for score in totals[i][ends[i]].tolist():
                 ended.append({"score": score, "yseq": [0] * (i + 2)})
             expected = end_detect(ended, i)
