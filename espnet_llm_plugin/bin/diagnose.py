@@ -38,6 +38,17 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--untuned", metavar="DIR", help="the first set, scored before tuning")
     group.add_argument("--weak_nll", metavar="FILE", help="nll.json with the weak LM")
+    group = parser.add_argument_group("speech LLM")
+    group.add_argument(
+        "--audio_use",
+        metavar="FILE",
+        help="audio_use.json of evaluate_audio_use; this or one of the next two asks for the "
+        "signatures of a speech LLM",
+    )
+    group.add_argument(
+        "--alone", metavar="DIR", help="the first set, decoded by the LLM alone, scored"
+    )
+    group.add_argument("--wider", metavar="DIR", help="the first set, with a wider beam, scored")
     parser.add_argument(
         "--resamples", type=positive_int, default=RESAMPLES, help="of the bootstrap"
     )

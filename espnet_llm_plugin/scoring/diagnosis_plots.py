@@ -1,7 +1,7 @@
 """The plots of an experiment's diagnosis."""
 
 import io
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 from espnet_llm_plugin.errors import UserError
 
@@ -11,8 +11,15 @@ if TYPE_CHECKING:
 _ABOVE = {"textcoords": "offset points", "ha": "center"}
 
 
-def diagnosis_png(evidence: "Evidence") -> bytes:
+Panel = Callable[[Any, "Evidence"], None]  # draws into axes
+
+
+def diagnosis_png(evidence: "Evidence", more: Sequence[Panel] = ()) -> bytes:
     """Panels of what was measured, two in a row.
+
+    Args:
+        evidence: What was measured.
+        more: Further panels.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -22,7 +29,7 @@ def diagnosis_png(evidence: "Evidence") -> bytes:
     except ImportError as error:
         raise UserError("the plots need matplotlib: pip install matplotlib") from error
 
-    panels: list[Callable[[Any, Evidence], None]] = [errors_by_length]
+    panels: list[Panel] = [errors_by_length, *more]
     if evidence.blank_at_labels is not None:
         panels.append(blank_probability)
     if evidence.nbest is not None and len(evidence.nbest.oracle) > 1:
@@ -62,7 +69,7 @@ def errors_by_length(axes: Any, evidence: "Evidence") -> None:
 def blank_probability(axes: Any, evidence: "Evidence") -> None:
     """P(blank) where it should be low and where it should be high."""
     names = ["where labels\nare emitted", "in other\nframes"]
-    _bars(axes, names, [evidence.blank_at_labels, evidence.blank_elsewhere], "{:.2f}")
+    bars(axes, names, [evidence.blank_at_labels, evidence.blank_elsewhere], "{:.2f}")
     axes.set_ylim(0, 1.1)
     axes.set_ylabel("mean P(blank)")
     axes.set_title("Blank on the transcripts' best alignments", loc="left")
@@ -87,7 +94,7 @@ def weak_and_strong(axes: Any, evidence: "Evidence") -> None:
     if evidence.untuned is not None:
         names.append("strong LM,\nuntuned")
         rates.append(evidence.untuned.second)
-    _bars(axes, [*names, "strong LM,\ntuned"], [*rates, evidence.tuned.second], "{:.2f}")
+    bars(axes, [*names, "strong LM,\ntuned"], [*rates, evidence.tuned.second], "{:.2f}")
     axes.set_ylabel("WER in %")
     axes.set_title("LM swap", loc="left")
 
@@ -105,7 +112,8 @@ def losses(axes: Any, evidence: "Evidence") -> None:
     axes.legend(frameon=False)
 
 
-def _bars(axes: Any, names: list[str], values: list[Optional[float]], form: str) -> None:
+def bars(axes: Any, names: list[str], values: list[Optional[float]], form: str) -> None:
+    """A bar with its number for every value that is there."""
     for place, value in enumerate(values):
         if value is not None:
             axes.bar(place, value, 0.6, color=f"C{place}")

@@ -188,9 +188,9 @@ def named_values(found: Hallucination) -> list[tuple[str, str]]:
         ("repeated words in loops", percent(found.looped_words)),
         (f"utterances with {NGRAM} words twice", percent(found.repeated_ngrams)),
         (f"references with {NGRAM} words twice", percent(found.reference_repeated_ngrams)),
-        (f"insertions in the worst {found.worst}", percent(found.worst_insertions)),
+        ("insertions in the worst 1 % of the utterances", percent(found.worst_insertions)),
         ("insertions per reference word there", f"{found.worst_rate:.2f}"),
-        (f"errors in the worst {found.worst}", percent(found.worst_errors)),
+        ("errors in the worst 1 % of the utterances", percent(found.worst_errors)),
         (
             "hyp/ref words, percentiles 1, 50, 99",
             f"{found.ratio_low:.2f}, {found.ratio_median:.2f}, {found.ratio_high:.2f}",

@@ -88,7 +88,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     return [rule(evidence) for rule in (*rules, overfits, mwer, grid)]
 
 
-def _finding(signature: str, shows: Optional[bool], statement: str, rule: str) -> Finding:
+def finding(signature: str, shows: Optional[bool], statement: str, rule: str) -> Finding:
+    """A finding; ``shows`` is None for what was not measured."""
     verdict = UNKNOWN if shows is None else SHOWS if shows else CLEAR
     return Finding(signature, verdict, statement, rule)
 
@@ -96,7 +97,7 @@ def _finding(signature: str, shows: Optional[bool], statement: str, rule: str) -
 def half_trained(e: Evidence) -> Finding:
     """The transducer is not trained enough for its search results to mean something."""
     nll = e.nll_per_label
-    return _finding(
+    return finding(
         "half-trained transducer",
         None if nll is None else nll > MAX_NLL,
         "The likelihood of the validation set was not measured."
@@ -124,7 +125,7 @@ def imbalance(e: Evidence) -> Finding:
         statement += " Labels lose against the blank: a larger label bonus, or a smaller beta."
     if too_long:
         statement += " Labels win against the blank: a smaller label bonus, or a larger beta."
-    return _finding(
+    return finding(
         "imbalance of blank and labels",
         too_short or too_long,
         statement,
@@ -141,7 +142,7 @@ def spread_emissions(e: Evidence) -> Finding:
     else:
         other = "no other frame" if elsewhere is None else f"{elsewhere:.2f} in other frames"
         statement = f"P(blank) is {at_labels:.2f} on average where labels are emitted, {other}."
-    return _finding(
+    return finding(
         "emissions spread over frames",
         None if at_labels is None else at_labels > MAX_BLANK_AT_LABELS,
         statement,
@@ -162,7 +163,7 @@ def lost_ends(e: Evidence) -> Finding:
             f"{first:.1f} % of the words are deleted in references of {short} words, {last:.1f} % "
             f"in those of {long}."
         )
-    return _finding(
+    return finding(
         "deletions grow with length",
         shows,
         statement,
@@ -179,7 +180,7 @@ def strong_lm(e: Evidence) -> Finding:
         "the paired bootstrap)"
     )
     if e.tuned is None:
-        return _finding(name, None, "Weak and strong LM were not compared.", rule)
+        return finding(name, None, "Weak and strong LM were not compared.", rule)
     tuned = e.tuned
     statement = (
         f"WER {tuned.first:.2f} with the weak LM, {tuned.second:.2f} with the strong LM tuned: "
@@ -194,7 +195,7 @@ def strong_lm(e: Evidence) -> Finding:
     gain = gain_per_nat(e)
     if gain is not None:
         statement += f" The gain is {gain:.2f} % WER for a nat of word log-perplexity."
-    return _finding(name, tuned.low <= 0, statement, rule)
+    return finding(name, tuned.low <= 0, statement, rule)
 
 
 def gain_per_nat(e: Evidence) -> Optional[float]:
@@ -215,7 +216,7 @@ def vocabulary(e: Evidence) -> Finding:
             f"Word perplexity {now:.1f} in the recogniser's vocabulary, {native:.1f} in the "
             "LLM's own (meaningful if it is of the same kind of text)."
         )
-    return _finding(
+    return finding(
         "vocabulary adaptation mismatch",
         shows,
         statement,
@@ -223,16 +224,15 @@ def vocabulary(e: Evidence) -> Finding:
     )
 
 
-def overfits(e: Evidence) -> Finding:
-    """A bigger predictor learns the training set by heart."""
+def overfits(e: Evidence, name: str = "predictor overfits") -> Finding:
+    """A bigger predictor (or a tuned LLM) learns the training set by heart."""
     rule = (
         f"validation loss of the last epoch > {MAX_RISE} times the lowest, while the training "
         "loss fell since"
     )
-    name = "predictor overfits"
     epochs = [epoch for epoch in e.epochs if math.isfinite(epoch.train + epoch.valid)]
     if len(epochs) < 2:
-        return _finding(name, None, "Losses of less than two epochs are known.", rule)
+        return finding(name, None, "Losses of less than two epochs are known.", rule)
     best, last = min(epochs, key=lambda epoch: epoch.valid), epochs[-1]
     shows = last.valid > MAX_RISE * best.valid and last.train < best.train
     statement = (
@@ -240,7 +240,7 @@ def overfits(e: Evidence) -> Finding:
         f"{last.valid:.3g} in the last, {last.number}; the training loss went from "
         f"{best.train:.3g} to {last.train:.3g}."
     )
-    return _finding(name, shows, statement, rule)
+    return finding(name, shows, statement, rule)
 
 
 def mwer(e: Evidence) -> Finding:
@@ -252,7 +252,7 @@ def mwer(e: Evidence) -> Finding:
     )
     name, lists = "MWER has nothing to learn from", e.nbest
     if lists is None or len(lists.oracle) < 2:
-        return _finding(name, None, "Decode with --nbest 4 or more to see.", rule)
+        return finding(name, None, "Decode with --nbest 4 or more to see.", rule)
     one_best = lists.oracle[0]
     shows = (
         lists.best > (1 - MIN_ORACLE_GAIN) * one_best
@@ -264,7 +264,7 @@ def mwer(e: Evidence) -> Finding:
         f"hypotheses on average; {lists.effective:.2f} effective hypotheses; "
         f"{100 * lists.without_variance:.0f} % of the lists without variance."
     )
-    return _finding(name, shows, statement, rule)
+    return finding(name, shows, statement, rule)
 
 
 def grid(e: Evidence) -> Finding:
@@ -272,8 +272,8 @@ def grid(e: Evidence) -> Finding:
     rule = "the best value of a scale is the first or last of several in the grid (0 is an end)"
     name = "tuning ends at the edge of the grid"
     if e.at_edge is None:
-        return _finding(name, None, "The scales were not tuned.", rule)
+        return finding(name, None, "The scales were not tuned.", rule)
     statement = (
         f"At the edge: {', '.join(e.at_edge)}." if e.at_edge else "The optimum is inside the grid."
     )
-    return _finding(name, bool(e.at_edge), statement, rule)
+    return finding(name, bool(e.at_edge), statement, rule)
