@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from espnet_llm_plugin.llm.tuning import TunedLLM
 from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
 from espnet_llm_plugin.speech_llm.interface import build_interface
 from espnet_llm_plugin.speech_llm.scorers import LLMScorer
@@ -133,3 +134,25 @@ def test_beams_are_those_of_generate(case, beam, length_norm, longest):
             assert [hyp.ranking for hyp in hyps] == pytest.approx(scores, abs=1e-4)
             ended.update(hyp.ended for hyp in hyps)
     assert True in ended or longest < LONGEST
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_real_llm_writes_what_generate_writes(shared_data, beam):
+    llm = TunedLLM(str(shared_data / "llm" / "stories260K"), tuning="frozen")
+    interface = build_interface("prefix", llm, {}).eval()
+    nothing, length = torch.zeros(1, 0, llm.hidden_size), torch.zeros(1, dtype=torch.long)
+    search = LabelSearch(
+        sos=BOS,
+        eos=EOS,
+        vocab_size=llm.vocab_size,
+        beam_size=beam,
+        nbest=beam,
+        end_detection="generate",
+    )
+    scorer = LLMScorer(interface, interface.start(nothing, length))
+    (hyps,) = search({"decoder": scorer}, [30])
+    model = llm.model()
+    sequences, scores = generate(model, torch.zeros(0, llm.hidden_size), beam, 0.0, 30)
+    assert [hyp.tokens for hyp in hyps] == sequences
+    if beam > 1:
+        assert [hyp.ranking for hyp in hyps] == pytest.approx(scores, abs=1e-3)
