@@ -77,6 +77,14 @@ def test_eager_attention_is_sdpa(conf):
     assert llm.config._attn_implementation == "eager"
 
 
+def test_masks_that_an_attention_function_does_not_take():
+    llm = held()
+    llm.config._attn_implementation = "flash_attention_2"
+    batch = (torch.randn(1, 2, 16), torch.tensor([2]), torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="'flash_attention_2' knows no masks"):
+        build_interface("prefix", llm, {"padding": "left"})(*batch, torch.tensor([3]))
+
+
 def test_long_searches_clear_away_what_nobody_sees():
     """More tokens than are allocated at once: the columns in use stay those of the live rows."""
     llm = held(max_position_embeddings=400)
@@ -94,6 +102,11 @@ def test_long_searches_clear_away_what_nobody_sees():
             best[u].append(int(tokens[4 * u]))
         columns.append(state._seen.size(1))
     assert max(columns) < 2 * 120 + 6  # and not 4 * 120
+    # of 2 utterances, not of 8 hypotheses
+    assert all(key.size(0) == value.size(0) == 2 for key, value in state._keys.layers)
+    _, rest = interface.step(torch.tensor([2, 3, 4]), state, torch.tensor([5, 7, 7]))
+    assert all(key.size(0) == 1 for key, _ in rest._keys.layers)
+    assert rest.utterance.tolist() == [1, 1, 1]
     for u in range(2):
         with torch.no_grad():
             text = torch.tensor(best[u : u + 1])
