@@ -13,7 +13,8 @@
 #   stage 10  ASR statistics
 #   stage 11  train the recogniser
 #   stage 12  decode (with scales tuned on the valid set if --tune_config is given)
-#   stage 13  score; likelihood of the valid set; diagnosis (<decoding>/diagnosis.md)
+#   stage 13  score; likelihood of the valid set; use of the audio by a speech LLM; diagnosis
+#             (<decoding>/diagnosis.md)
 #
 # A finished stage leaves a mark and is not redone; a killed one continues when it is run again.
 # Changed options make cheap stages run again, and are refused for trained models: give another tag.
@@ -86,6 +87,7 @@ inference_lm=valid.loss.ave.pth  # LM checkpoint to fuse if --use_lm is true
 swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
 tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
 tune_tool=tune_scales     # tune_scales: the whole grid; tune_fusion: from n-best lists, for fine grids
+alone_tag=                # inference_tag of the LLM alone, to compare with in the diagnosis (speech_llm)
 diagnose_args=            # More options for espnet_llm_plugin.bin.diagnose, e.g. --weak DIR
 # END
 set -euo pipefail
@@ -660,6 +662,26 @@ if runs 13; then
     first=${eval_sets%% *}
     if compgen -G "${decode_dir}/${first}/logdir/output.*/nbest.jsonl" > /dev/null; then
         inputs="--nll ${decode_dir}/nll/nll.json"
+        if grep -q '^model: speech_llm$' "${asr_exp}/config.yaml"; then
+            mark=$(decode_mark "$(audio_mark "${data_feats}/${first}")" "${data_feats}/${first}/text")
+            if ! is_done "${decode_dir}/audio_use/.done" "${mark}"; then
+                # shellcheck disable=SC2086
+                run_jobs --kind decode --ngpu "${inference_gpu}" \
+                    1 "${decode_dir}/audio_use/evaluate_audio_use.@JOB@.log" \
+                    tool evaluate_audio_use ${asr_model_args} --output_dir "${decode_dir}/audio_use" \
+                    --data_path_and_name_and_type "${data_feats}/${first}/wav.scp,speech,sound" \
+                    --data_path_and_name_and_type "${data_feats}/${first}/text,text,text" \
+                    --token_int "${decode_dir}/${first}/token_int" --ngpu "${inference_gpu}"
+                mark_done "${decode_dir}/audio_use/.done" "${mark}"
+            fi
+            inputs+=" --audio_use ${decode_dir}/audio_use/audio_use.json"
+            alone=${asr_exp}/${alone_tag}/${first}
+            if [ -n "${alone_tag}" ] && [ -f "${alone}/scores.json" ]; then
+                inputs+=" --alone ${alone}"
+            elif [ -n "${alone_tag}" ]; then
+                log "${alone} is not scored: the LLM alone is not compared with"
+            fi
+        fi
         [ ! -f "${asr_exp}/train.log" ] || inputs+=" --train_log ${asr_exp}/train.log"
         [ -z "${tune_config}" ] || inputs+=" --scales ${decode_dir}/tune/scales.json"
         report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
