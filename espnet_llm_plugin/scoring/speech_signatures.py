@@ -31,6 +31,7 @@ MIN_GAP, FULL_GAP = 0.3, 2.0
 MIN_ATTENTION = 0.02  # of the layer that gives the audio most
 MIN_GATE = 0.01  # of the widest gate: below, nothing of the audio is let in
 MAX_CONTRADICTED = 0.05  # share of hypotheses that CTC finds much less likely than the transcript
+MAX_CTC_WER = 50.0  # of greedy CTC: one that recognises less is no witness
 MAX_NEW_LOOPS = 0.01  # share of utterances
 MIN_WORST_SHARE = 0.3  # of all insertions, in the worst 1 % of the utterances,
 MIN_WORST_RATE = 0.5  # which insert so many words per reference word
@@ -104,15 +105,17 @@ def contradicts_ctc(e: SpeechEvidence) -> Finding:
     """The hypotheses say what the CTC layer, which cannot invent, did not hear."""
     rule = (
         f"CTC finds more than {100 * MAX_CONTRADICTED:g} % of the hypotheses less likely than "
-        f"their transcripts by {CONTRADICTION:g} nat per label or more"
+        f"their transcripts by {CONTRADICTION:g} nat per label or more (its own WER being at most "
+        f"{MAX_CTC_WER:g})"
     )
     name = "hypotheses without support in the audio"
     ctc = None if e.audio is None else e.audio.ctc
     if ctc is None or ctc.contradicted is None:
         return finding(name, None, "CTC and hypotheses were not compared.", rule)
+    trusted = ctc.greedy_wer <= MAX_CTC_WER
     return finding(
         name,
-        ctc.contradicted > MAX_CONTRADICTED,
+        ctc.contradicted > MAX_CONTRADICTED if trusted else None,
         f"CTC contradicts {100 * ctc.contradicted:.1f} % of the hypotheses. The WER is "
         f"{ctc.greedy_wer:.2f} of greedy CTC, {ctc.hypothesis_wer:.2f} of the hypotheses, and "
         f"{ctc.disagreement:.2f} between the two.",

@@ -71,6 +71,7 @@ def test_everything_is_on_the_page(files, capsys):
         assert one["statement"].replace("|", "\\|") in page and one["signature"] in said
     unknown = {f["signature"] for f in found["findings"] if f["verdict"] == "not measured"}
     assert unknown == {
+        "hypotheses without support in the audio",  # by a random CTC layer
         "insertions in few utterances",  # three utterances
         "deletions grow with length",
         "tuning ends at the edge of the grid",

@@ -23,6 +23,7 @@ from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.scoring.audio_use import AudioUse, read_audio_use
 from espnet_llm_plugin.scoring.similarity import alignment
 from espnet_llm_plugin.speech_llm.auxiliary import PieceVocabulary, TokenVocabulary
+from espnet_llm_plugin.speech_llm.decoder import Audio
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_speech_llm
 from tests.llm.tiny import save_adapted_dir
 from tests.speech_llm.tiny import batch, model, reference_logits, single
@@ -149,6 +150,32 @@ def test_similarity_is_that_of_the_embeddings(llm, made):
     assert picture.tokens == [made.token_list[i] for i in text_of(data, shown)]
     assert picture.similarity.shape == (len(audios[shown]), len(picture.tokens))
     assert use.picture == picture.name
+
+
+def test_a_model_that_listens(llm):
+    """Three utterances by heart: their audio tells which."""
+    made = model(llm, tuning="full")
+    data = batch(texts=((3, 4), (6, 3), (7, 8)))
+    before = measure(made, batches(data)).use
+    made.train()
+    optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        made(*data)[0].backward()
+        optimizer.step()
+    after = measure(made, batches(data)).use
+    assert abs(before.gap) < 1.0 and after.gap > 2.0
+    assert after.nll < 0.3 and after.indifferent == 0.0
+
+
+def test_audio_like_its_text_is_in_order(made, monkeypatch):
+    texts = ((3, 5, 4, 9, 8, 7), (9, 3, 8, 4, 7, 5), (5, 9, 7, 8, 3, 4))
+    data = batch(texts=texts)
+    said_slowly = data[2].repeat_interleave(2, dim=1)
+    audio = Audio(made.decoder.llm.embed(said_slowly), torch.full((3,), 12))
+    monkeypatch.setattr(made.decoder, "adapt", lambda hs, lengths: audio)
+    found = measure(made, batches(data)).use.alignment
+    assert found.paired == pytest.approx(1.0) and found.mismatched < 0.5
 
 
 def log_prob_slowly(log_probs, labels):

@@ -163,10 +163,10 @@ def test_what_helps_against_short_hypotheses():
     assert "--penalty" not in of(long, "lengths out of proportion").statement
 
 
-def test_ctc_without_hypotheses():
+def test_ctc_is_no_witness_without_hypotheses():
     bare = CTCAgreement(-0.4, 0, 20.0)
-    found = verdicts(replace(HEALTHY, **audio(ctc=bare)))
-    assert found == {
-        **dict.fromkeys(CASES, CLEAR),
-        "hypotheses without support in the audio": UNKNOWN,
-    }
+    none = {**dict.fromkeys(CASES, CLEAR), "hypotheses without support in the audio": UNKNOWN}
+    assert verdicts(replace(HEALTHY, **audio(ctc=bare))) == none
+    # nor with a CTC that recognises next to nothing
+    weak = replace(CTC, greedy_wer=51.0, contradicted=0.5)
+    assert verdicts(replace(HEALTHY, **audio(ctc=weak))) == none
