@@ -224,6 +224,7 @@ def test_speech_llm_over_the_pieces(steps):
     assert joint["--inference_config"] == "conf/librispeech/decode_speech_llm_joint.yaml"
     assert joint["--tune_config"] == "conf/librispeech/tune_speech_llm.yaml"
     assert (alone["--inference_tag"], joint["--inference_tag"]) == ("decode_alone", "decode_joint")
+    assert joint["--alone_tag"] == "decode_alone"
 
 
 def test_speech_llm_over_its_own_tokens(steps):

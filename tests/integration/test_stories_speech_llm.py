@@ -60,6 +60,10 @@ def test_every_row_is_a_decoding_of_its_own(all_rows):
         speech_llm = model.startswith("sl_")
         grid = "tune" if weights == "tuned" else f"tune_speech_llm_{weights}"
         assert call["--tune_config"] == f"conf/stories/{grid}.yaml"
+        decode = "decode_speech_llm" if speech_llm else "decode"
+        assert call["--inference_config"] == f"conf/stories/{decode}.yaml"
+        alone = "decode_alone" if weights == "joint" else None
+        assert call.get("--alone_tag") == alone
         assert call["--tune_tool"] == ("tune_scales" if speech_llm else "tune_fusion")
         assert call.get("--lm_exp") == (f"{EXP}/lm_{use.split()[-1]}" if use else None)
 

@@ -65,6 +65,6 @@ speech_llm() {
     if [ "${units}" = adapted ] && ! grep -q "${vocabulary}" "${asr_config}" && grep -qE '^ +ctc_weight: *(0\.0*[1-9]|[1-9])' "${asr_config}"; then
         asr "${model[@]}" --skip_train true --tune_config "${tune_config}" \
             --inference_config conf/librispeech/decode_speech_llm_joint.yaml \
-            --inference_tag decode_joint
+            --inference_tag decode_joint --alone_tag decode_alone
     fi
 }

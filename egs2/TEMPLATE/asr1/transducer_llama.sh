@@ -19,6 +19,7 @@ template=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source-path=SCRIPTDIR
 . "${template}/speech_llm.sh"
 common=() forwarded=()
+# shellcheck disable=SC2034  # small_llama and num_pieces are for run.sh
 system=transducer units="" small_llama=train_llama num_pieces=5000
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
 ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""

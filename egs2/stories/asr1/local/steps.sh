@@ -56,13 +56,14 @@ run_row() {
     esac
     [ -z "${use}" ] || train_lm "${use#* }"
     [ -z "${from}" ] || given+=(--inference_asr_model valid.mwer_expected_errors.ave.pth)
-    local grid=tune tuner=tune_fusion
+    local grid=tune tuner=tune_fusion decode=decode
     [ "${scales}" = tuned ] || grid=tune_${scales}
     [ "${size}" != tiny ] || grid=tune_tiny
-    [[ ${model} != sl_* ]] || grid=${grid/tune/tune_speech_llm} tuner=tune_scales
+    [[ ${model} != sl_* ]] || grid=${grid/tune/tune_speech_llm} tuner=tune_scales decode=decode_speech_llm
+    [[ $1 != *_joint ]] || given+=(--alone_tag "$(tag_of "${1%_joint}")") # for the diagnosis
     decoding=$(tag_of "$1")
     asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
-        --tune_tool "${tuner}" --tune_config "$(config "${grid}")" --inference_config "$(config decode)"
+        --tune_tool "${tuner}" --tune_config "$(config "${grid}")" --inference_config "$(config "${decode}")"
 }
 
 # --- all that was asked for -----------------------------------------------------------------------
