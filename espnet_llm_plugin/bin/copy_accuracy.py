@@ -22,7 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", required=True, help="directory with tokens.txt")
     parser.add_argument("--text", required=True, help="`id words ...` a line")
     parser.add_argument("--max_sentences", type=int, help="as many sentences, from the start")
-    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--output", required=True, help="JSON file to write, unless --require fails")
     parser.add_argument(
         "--require",
         nargs="+",
@@ -42,9 +42,6 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
     sentences = read_text(args.text, has_ids=True, max_lines=args.max_sentences)
     figures = measure_directory(args.llm, sentences, CopyNoise())
-    with atomic_write(args.output) as stream:
-        json.dump(figures, stream, indent=1)
-        stream.write("\n")
     print(f"{args.llm}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     for requirement in args.require:
         name, _, bound = requirement.partition("=")
@@ -58,6 +55,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
                 f"{bound} is required. A speech LLM with it would hardly learn to use the audio; "
                 "train it longer, or with more layers."
             )
+    with atomic_write(args.output) as stream:
+        json.dump(figures, stream, indent=1)
+        stream.write("\n")
 
 
 def _is_number(text: str) -> bool:

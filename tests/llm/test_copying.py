@@ -260,6 +260,10 @@ class TestMeasures:
         copy_accuracy.main([*options, "--require", "acc_random=0"])
         with pytest.raises(UserError, match=r"acc_random is 0\.\d+, at least 0\.99 is required"):
             copy_accuracy.main([*options, "--require", "acc_random=0.99"])
+        (tmp_path / "copy.json").unlink()
+        with pytest.raises(UserError, match="is required"):
+            copy_accuracy.main([*options, "--require", "acc_clean=0", "acc_random=1.1"])
+        assert not (tmp_path / "copy.json").exists()  # a recipe would take it for passed
         with pytest.raises(UserError, match="expected NAME=VALUE with one of loss_plain"):
             copy_accuracy.main([*options, "--require", "accuracy=0.9"])
         with pytest.raises(UserError, match="at least two sentences"):
