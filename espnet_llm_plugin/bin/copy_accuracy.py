@@ -22,7 +22,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", required=True, help="directory with tokens.txt")
     parser.add_argument("--text", required=True, help="`id words ...` a line")
     parser.add_argument("--max_sentences", type=int, help="as many sentences, from the start")
-    parser.add_argument("--output", required=True, help="JSON file to write, unless --require fails")
+    parser.add_argument(
+        "--output", required=True, help="JSON file to write, unless --require fails"
+    )
     parser.add_argument(
         "--require",
         nargs="+",
