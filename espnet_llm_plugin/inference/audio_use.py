@@ -122,9 +122,7 @@ def measure(
     model.eval()
     decoder = model.decoder
     crosses = isinstance(decoder.interface, CrossAttentionInterface)
-    reason = why_no_reading(decoder.llm.config)
-    if reason is not None and not crosses:
-        logging.warning("attention is not measured: the LLM has %s", reason)
+    attends = not crosses and _can_attend(decoder)
     sums = None if model.ctc is None else AgreementSums(model.ctc, decoder.units)
     found: list[UtteranceUse] = []
     texts: list[list[int]] = []
@@ -137,7 +135,7 @@ def measure(
         if not crosses:  # whose audio is not among the LLM's own embeddings
             use.similarity = _similarity(decoder, one.audio, one.text)
             use.order = monotonicity(use.similarity)
-            if reason is None:
+            if attends:
                 use.attention, use.uniform = _attention(decoder, one), _uniform(decoder, one)
         if before is not None:
             _with_other_audio(decoder, use, one, before.audio)
@@ -204,6 +202,21 @@ def _similarity(decoder: SpeechLLMDecoder, audio: Audio, text: Tensor) -> np.nda
     words = decoder.llm.embed(text[0])
     rows = audio.embeddings[0].float().cpu().numpy()
     return cosine_similarity(rows, words.float().cpu().numpy()).astype(np.float32)
+
+
+def _can_attend(decoder: SpeechLLMDecoder) -> bool:
+    """Whether the LLM's attention can be measured, tried on an embedding and a token."""
+    reason = why_no_reading(decoder.llm.config)
+    if reason is None:
+        token = torch.tensor([[decoder.prompt.sos]], device=decoder.scored.device)
+        length = torch.ones(1, dtype=torch.long, device=token.device)
+        try:
+            decoder.interface.attention_mass(decoder.llm.embed(token), length, token, length)
+            return True
+        except UserError as error:
+            reason = str(error)
+    logging.warning("the attention to the audio is not measured: %s", reason)
+    return False
 
 
 def _attention(decoder: SpeechLLMDecoder, one: Utterance) -> np.ndarray:

@@ -27,6 +27,7 @@ from espnet_llm_plugin.speech_llm.decoder import Audio
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_speech_llm
 from tests.llm.tiny import save_adapted_dir
 from tests.speech_llm.tiny import batch, model, reference_logits, single
+from tests.speech_llm.tiny_llm import TOKENS as LLM_TOKENS
 from tests.speech_llm.tiny_llm import save_adapted, save_native
 
 SPEECH_AND_TEXT = ("speech", "speech_lengths", "text", "text_lengths")
@@ -292,6 +293,16 @@ def test_interfaces_and_models_without_some_parts(llm):
     assert use.gates == pytest.approx([math.tanh(0.5)] * 2)
     assert use.attention is None and use.alignment is None and picture is None
     assert use.gap is not None and rows[0].similarity is None
+
+
+@pytest.mark.parametrize(
+    "family, reason", [("mistral", "windows of 3"), ("gptj", "0 of 2 attention")]
+)
+def test_llms_whose_attention_cannot_be_measured(tmp_path, caplog, family, reason):
+    directory = save_adapted_dir(tmp_path / "llm", LLM_TOKENS, family=family)
+    use = measure(model(str(directory)), batches(batch())).use
+    assert use.attention is None and use.uniform_attention is None and reason in caplog.text
+    assert use.gap is not None and use.alignment is not None
 
 
 def test_one_utterance_has_no_other(llm, made):
