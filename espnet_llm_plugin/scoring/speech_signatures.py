@@ -105,7 +105,7 @@ def contradicts_ctc(e: SpeechEvidence) -> Finding:
     """The hypotheses say what the CTC layer, which cannot invent, did not hear."""
     rule = (
         f"CTC finds more than {100 * MAX_CONTRADICTED:g} % of the hypotheses less likely than "
-        f"their transcripts by {CONTRADICTION:g} nat per label or more (its own WER being at most "
+        f"their transcripts by {CONTRADICTION:g} nats per label or more (its own WER being at most "
         f"{MAX_CTC_WER:g})"
     )
     name = "hypotheses without support in the audio"

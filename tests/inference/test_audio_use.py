@@ -265,19 +265,21 @@ def test_word_errors_between_ctc_and_hypotheses(monkeypatch):
     module = "espnet_llm_plugin.inference.ctc_agreement"
     heard = {3: "1 2 9", 2: "1 2"}  # by the number of frames
     monkeypatch.setattr(f"{module}.greedy_text", lambda ctc, out: heard[len(out)])
-    monkeypatch.setattr(f"{module}.text_likelihood", lambda ctc, out, ids: Likelihood(-len(ids), 1))
+    monkeypatch.setattr(
+        f"{module}.text_likelihood", lambda ctc, out, ids: Likelihood(-3 * len(ids), 1)
+    )
     sums = AgreementSums(None, Units())
-    assert sums.add(torch.zeros(3, 1), [1, 2, 3], [1, 2, 4, 5]) == 1.0
+    assert sums.add(torch.zeros(3, 1), [1, 2, 3], [1, 2, 4, 5]) == 3.0
     assert sums.add(torch.zeros(2, 1), [1], [1]) == 0.0
     found = sums.report()
     assert found.greedy_wer == 100 * (1 + 1) / 4
     assert found.hypothesis_wer == 100 * (2 + 0) / 4
     assert found.disagreement == 100 * (2 + 1) / 4
-    assert found.contradicted == 0.5 and found.reference_log_prob == -4 / 2
+    assert found.contradicted == 0.5 and found.reference_log_prob == -12 / 2
     alone = AgreementSums(None, Units())
     assert alone.add(torch.zeros(3, 1), [1, 2, 3], None) is None
     none = {"hypothesis_wer": None, "disagreement": None, "contradicted": None}
-    expected = {"greedy_wer": 100 / 3, "reference_log_prob": -3.0}
+    expected = {"greedy_wer": 100 / 3, "reference_log_prob": -9.0}
     assert alone.report() == replace(found, **none, **expected)
 
 
