@@ -1,4 +1,4 @@
-"""Exact negative log-likelihood per label of a data set under a transducer, a CTC model or a speech LLM."""
+"""Exact negative log-likelihood per label under a transducer, a CTC model or a speech LLM."""
 
 import argparse
 import json

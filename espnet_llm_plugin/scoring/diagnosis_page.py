@@ -95,45 +95,48 @@ def speech_sections(
     if described:
         sections += ["## Hallucination\n", markdown(*_hallucination(described))]
         sections += _examples(sets[0])
-    audio = evidence.audio
-    if audio is not None:
-        numbers = {
-            "-log P(text | speech) per label of the validation set, nats": evidence.nll_per_label,
-            "utterances measured": audio.utterances,
-            "utterances without score": audio.skipped,
-            "-log P(text | its audio) per token, nats": audio.nll,
-            "the same with another utterance's audio": audio.other_nll,
-            "share of utterances that are no less likely with it": audio.indifferent,
-            "share of the attention that the audio gets, mean of the layers": _mean(
-                audio.attention
-            ),
-            "that share if all positions were equal": audio.uniform_attention,
-            "gates of cross-attention, mean": _mean(audio.gates),
-            "rank correlation of text and similar audio": audio.alignment
-            and audio.alignment.paired,
-            "rank correlation with another utterance's audio": audio.alignment
-            and audio.alignment.mismatched,
-            "text tokens per audio embedding": audio.tokens_per_embedding,
-        }
-        if audio.ctc is not None:
-            numbers |= {
-                "log P_CTC(transcript) per label, nats": audio.ctc.reference_log_prob,
-                "transcripts with more labels than frames": audio.ctc.impossible,
-                "WER of greedy CTC in %": audio.ctc.greedy_wer,
-                "WER of the hypotheses in %": audio.ctc.hypothesis_wer,
-                "word errors between them in %": audio.ctc.disagreement,
-                "share of hypotheses that CTC contradicts": audio.ctc.contradicted,
-            }
-        sections += ["## Use of the audio\n", markdown(["number", "value"], _cells(numbers))]
+    if evidence.audio is not None:
+        sections += ["## Use of the audio\n", markdown(["number", "value"], _audio(evidence))]
         picture = Path(audio_use).parent / PICTURE
-        if audio.picture is not None and picture.is_file():
+        if evidence.audio.picture is not None and picture.is_file():
             sections += [
-                f"Similarity of text and audio embeddings of {audio.picture}, an utterance of "
-                "median rank correlation. The dots are the positions most similar to a token: a "
-                "falling line where text and audio go together.\n",
+                f"Similarity of text and audio embeddings of {evidence.audio.picture}, an "
+                "utterance of median rank correlation. The dots are the positions most similar to "
+                "a token: a falling line where text and audio go together.\n",
                 f"![Similarity]({os.path.relpath(picture, output_dir)})\n",
             ]
     return sections
+
+
+def _audio(evidence: SpeechEvidence) -> list[list[str]]:
+    audio = evidence.audio
+    order, other_order = None, None
+    if audio.alignment is not None:
+        order, other_order = audio.alignment.paired, audio.alignment.mismatched
+    numbers = {
+        "-log P(text | speech) per label of the validation set, nats": evidence.nll_per_label,
+        "utterances measured": audio.utterances,
+        "utterances without score": audio.skipped,
+        "-log P(text | its audio) per token, nats": audio.nll,
+        "the same with another utterance's audio": audio.other_nll,
+        "share of utterances that are no less likely with it": audio.indifferent,
+        "share of the attention that the audio gets, mean of the layers": _mean(audio.attention),
+        "that share if all positions were equal": audio.uniform_attention,
+        "gates of cross-attention, mean": _mean(audio.gates),
+        "rank correlation of text and similar audio": order,
+        "rank correlation with another utterance's audio": other_order,
+        "text tokens per audio embedding": audio.tokens_per_embedding,
+    }
+    if audio.ctc is not None:
+        numbers |= {
+            "log P_CTC(transcript) per label, nats": audio.ctc.reference_log_prob,
+            "transcripts with more labels than frames": audio.ctc.impossible,
+            "WER of greedy CTC in %": audio.ctc.greedy_wer,
+            "WER of the hypotheses in %": audio.ctc.hypothesis_wer,
+            "word errors between them in %": audio.ctc.disagreement,
+            "share of hypotheses that CTC contradicts": audio.ctc.contradicted,
+        }
+    return _cells(numbers)
 
 
 def _alone(alone: ScoredSet, joint: ScoredSet) -> tuple[list[str], list[list[str]]]:
