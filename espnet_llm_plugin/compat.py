@@ -5,6 +5,7 @@ code; each function says why it exists and has a test in ``tests/test_compat.py`
 """
 
 import contextlib
+import datetime
 import importlib
 import io
 import os
@@ -174,3 +175,25 @@ def enable_gradient_checkpointing(model) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     model.disable_input_require_grads()
+
+
+@contextlib.contextmanager
+def same_day_in_chat_templates() -> Iterator[None]:
+    """Let chat templates believe, for the duration of the block, that it is always the same day.
+
+    Some print the date (Llama 3.2): a prompt would be another one the day after the training, and
+    transformers takes the clock from its module, whatever a caller passes.
+    """
+    from transformers.utils import chat_template_utils
+
+    class SameDay(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 7, 26, tzinfo=tz)  # the day that Llama 3's template falls back to
+
+    before = chat_template_utils.datetime
+    chat_template_utils.datetime = SameDay
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before

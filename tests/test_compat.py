@@ -179,3 +179,14 @@ def test_gradient_checkpointing_under_its_old_and_new_name():
     compat.enable_gradient_checkpointing(model)
     assert model.is_gradient_checkpointing
     assert not model.get_input_embeddings()(torch.tensor([[1, 2]])).requires_grad
+
+
+def test_chat_templates_see_the_same_day_always():
+    """The prompt of a speech LLM uses it (tests/speech_llm/test_prompt.py)."""
+    from transformers.utils import chat_template_utils
+
+    before = chat_template_utils.datetime
+    with pytest.raises(RuntimeError), compat.same_day_in_chat_templates():
+        assert chat_template_utils.datetime.now().strftime("%d %b %Y") == "26 Jul 2024"
+        raise RuntimeError
+    assert chat_template_utils.datetime is before

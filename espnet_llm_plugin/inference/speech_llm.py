@@ -290,9 +290,13 @@ class SpeechLLMRecognizer:
 
 
 def has_token_ctc(asr: LoadedASR) -> bool:
-    """Whether the model has a CTC head over the decoder's tokens."""
+    """Whether the model has a CTC head that scores the decoder's tokens.
+
+    Its blank takes the place of token 0, which is the end symbol of a few LLMs (Pythia).
+    """
     ctc = asr.model.ctc
-    return ctc is not None and isinstance(ctc.vocabulary, TokenVocabulary)
+    known = ctc is not None and isinstance(ctc.vocabulary, TokenVocabulary)
+    return known and asr.model.eos != 0
 
 
 def check_options(asr: LoadedASR, options: SpeechLLMOptions, has_lm: bool) -> None:
@@ -305,6 +309,8 @@ def check_options(asr: LoadedASR, options: SpeechLLMOptions, has_lm: bool) -> No
     weights, method = options.weights, options.long_form.method
     if weights.ctc_weight and not has_token_ctc(asr):
         found = "no CTC head" if asr.model.ctc is None else "a CTC head over other labels"
+        if asr.model.eos == 0:
+            found = "the end symbol at token 0, where CTC has its blank"
         raise UserError(
             f"--ctc_weight {weights.ctc_weight}: the model has {found}, which cannot score the "
             "decoder's tokens; use --ctc_weight 0"
@@ -320,6 +326,8 @@ def check_options(asr: LoadedASR, options: SpeechLLMOptions, has_lm: bool) -> No
 def default_ctc_weight(asr: LoadedASR, given: float, is_default: bool) -> float:
     """``given``, or 0 where it is only ESPnet's default and the model has no CTC for it."""
     if is_default and not has_token_ctc(asr):
-        logging.warning("the model has no CTC head over its decoder's tokens: --ctc_weight is 0")
+        logging.warning(
+            "the model has no CTC head that scores its decoder's tokens: --ctc_weight is 0"
+        )
         return 0.0
     return given

@@ -101,7 +101,8 @@ def hallucination(scored: Scored) -> Hallucination:
     most = np.argsort(-insertions, kind="stable")[:worst]
     lengths = np.array([len(hyp) for hyp in scored.hypotheses])
     some = words > 0
-    ratios = lengths[some] / words[some]
+    # references without any word: nothing is longer or shorter
+    ratios = lengths[some] / words[some] if some.any() else np.ones(1)
     low, median, high = np.percentile(ratios, [1, 50, 99]).tolist()
     off = abs(lengths - words) >= MIN_WORDS_OFF
     loops = [

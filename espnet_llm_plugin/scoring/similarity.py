@@ -65,7 +65,7 @@ class Alignment:
 
     Attributes:
         paired: Of the transcripts with their own audio.
-        mismatched: Of the transcripts with the audio of the next utterance; what chance gives.
+        mismatched: Of the transcripts with the audio of another utterance; what chance gives.
         utterances: Of how many; those too short for a correlation do not count.
     """
 

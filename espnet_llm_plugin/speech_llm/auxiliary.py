@@ -120,7 +120,8 @@ class PieceVocabulary(CTCVocabulary):
         longest = max(map(len, rows), default=0)
         labels = [[*row, *[1] * (longest - len(row))] for row in rows]
         counts = torch.tensor([len(row) for row in rows], device=lengths.device)
-        return torch.tensor(labels, device=text.device).reshape(len(rows), longest), counts
+        targets = torch.tensor(labels, dtype=torch.long, device=text.device)
+        return targets.reshape(len(rows), longest), counts
 
     def token_scores(self, log_probs: Tensor) -> Tensor:
         raise UserError(
@@ -172,7 +173,8 @@ class VocabularyCTC(CTC):
     def label_log_probs(self, hs_pad: Tensor) -> Tensor:
         """(B, T, E) -> log-probs (B, T, C) float32 of blank and labels."""
         hs_pad = torch.nn.functional.dropout(hs_pad, self.dropout_rate, self.training)
-        return self.ctc_lo(hs_pad).float().log_softmax(dim=-1)
+        # an LLM in half precision has such outputs; under autocast this changes nothing
+        return self.ctc_lo(hs_pad.to(self.ctc_lo.weight.dtype)).float().log_softmax(dim=-1)
 
     def log_softmax(self, hs_pad: Tensor) -> Tensor:
         """(B, T, E) -> log-probs (B, T, V) of the decoder's tokens, blank in column 0."""

@@ -157,7 +157,7 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
             (ctc,) = self._ctc
             log_probs = ctc.label_log_probs(hs_pad)
             if self.adapter.needs_label_embeddings:
-                tokens = ctc.vocabulary.label_tokens(blank=self.units.mask_token())
+                tokens = ctc.vocabulary.label_tokens(blank=self.units.silence_token())
                 label_embeddings = self.llm.embed(tokens.to(hs_pad.device))
         return Audio(*self.adapter(hs_pad, hlens, log_probs, label_embeddings))
 

@@ -246,7 +246,9 @@ class Interface(torch.nn.Module, ABC):
             for column in ids.T:
                 logits, state = self._step(column, state, parents)
                 found.append(logits)
-        except Exception as error:  # any failure means: not this way
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # any other failure means: not this way
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         finally:
             model.train(training)

@@ -292,11 +292,13 @@ class SpeechLLMModel(ESPnetASRModel):
             if int(frame_lengths[i]) == 0:
                 why = "the encoder makes no frame of it; its audio is empty or too short"
             else:
+                takes = self.decoder.interface.audio_takes_positions
+                what = f"audio ({int(audio.lengths[i])} embeddings), " if takes else ""
+                remedy = "stack more frames (adapter_conf), or " if takes else ""
                 why = (
-                    f"audio ({int(audio.lengths[i])} embeddings), prompt "
-                    f"({self.decoder.prompt.length} tokens) and text ({int(text_lengths[i])}) "
-                    f"exceed the {self.decoder.context} tokens that the LLM can see; stack more "
-                    "frames (adapter_conf), or train on shorter utterances"
+                    f"{what}prompt ({self.decoder.prompt.length} tokens) and text "
+                    f"({int(text_lengths[i])}) exceed the {self.decoder.context} tokens that the "
+                    f"LLM can see; {remedy}train on shorter utterances"
                 )
             self._skips.warn(name, why)
         skipped = float((~usable).sum())

@@ -11,6 +11,7 @@ from typing import Any, Mapping, Optional, Union
 
 import torch
 
+from espnet_llm_plugin.compat import same_day_in_chat_templates
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.speech_llm.units import LabelUnits, NativeUnits
 
@@ -117,12 +118,14 @@ def _chat(units: LabelUnits) -> tuple[str, str]:
             f"decoder_conf: prompt chat needs an LLM with a chat template and its own tokenizer; "
             f"{units.llm} has none. Give the texts as {{before: ..., after: ...}}"
         )
-    text = units.tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{_AUDIO}{INSTRUCTION}"}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,  # of templates that know it (Qwen3): the answer is the transcript
-    )
+    with same_day_in_chat_templates():
+        text = units.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{_AUDIO}{INSTRUCTION}"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            # of templates that know it (Qwen3): the answer is the transcript
+            enable_thinking=False,
+        )
     parts = text.split(_AUDIO)
     if len(parts) != 2:
         raise UserError(

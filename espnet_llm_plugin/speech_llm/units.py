@@ -100,13 +100,21 @@ class LabelUnits(ABC):
                     f"model_conf: text_mask_token {token!r} is not a token of LLM {self.llm}"
                 )
             return found
-        found = self.spare_row if self.unk is None else self.unk
+        found = self._filler()
         if found is None:
             raise UserError(
                 f"text masking replaces tokens by the unknown token, but LLM {self.llm} has none, "
                 "and no spare row; give model_conf text_mask_token, a token that no transcript has"
             )
         return found
+
+    def silence_token(self) -> int:
+        """Id whose embedding stands for audio without a label: as that of masked text, or EOS."""
+        found = self._filler()
+        return self.eos if found is None else found
+
+    def _filler(self) -> Optional[int]:
+        return self.spare_row if self.unk is None else self.unk
 
 
 class AdaptedUnits(LabelUnits):

@@ -178,6 +178,8 @@ def test_table(all_rows, recipe):
         ("shuffled_gap=2.71, loss=1.2", "shuffled-audio gap 2.71\n"),
         ("shuffled_gap=1.4, loss=1.2", "shuffled-audio gap 1.4: it hardly uses the audio\n"),
         ("shuffled_gap=1.000e-04, loss=1.2", "gap 1.000e-04: it IGNORES THE AUDIO\n"),
+        ("shuffled_gap=nan, loss=1.2", "gap nan (see train.log)\n"),
+        ("loss=1.2", "gap 9.9\n"),
     ],
 )
 def test_gap_is_reported(tmp_path, root, line, message):

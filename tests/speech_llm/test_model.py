@@ -122,6 +122,13 @@ def test_ctc_on_the_encoder_is_espnets(llm):
     assert loss_of(made)[1]["loss_ctc"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_ctc_on_the_prefix_of_an_llm_in_half_precision(llm):
+    half = model(llm, model_conf={"prefix_ctc_weight": 1.0}, dtype="bfloat16")
+    full = model(llm, model_conf={"prefix_ctc_weight": 1.0})
+    found, expected = (loss_of(made)[1]["loss_prefix_ctc"] for made in (half, full))
+    assert found == pytest.approx(expected, rel=0.05)
+
+
 def test_ctc_on_the_prefix_sees_the_llms_outputs_and_never_the_text(llm):
     made = model(llm, model_conf={"prefix_ctc_weight": 1.0}).eval()
     data = batch()

@@ -56,6 +56,15 @@ def test_words_have_the_tokens_of_running_text(units):
     assert list(after) == units.tokenizer("a the cat", add_special_tokens=False)["input_ids"][-2:]
 
 
+def test_the_day_of_a_chat_template_never_changes(tmp_path):
+    """Or the next day's run could not go on."""
+    template = "Today: {{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+    llm = save_native(tmp_path / "llm", "byte_level", chat_template=template)
+    units = label_units(llm, len(native_token_list(llm)))
+    before = make_prompt("chat", units).before
+    assert "26Jul2024" in units.tokenizer.decode(before).replace(" ", "")
+
+
 def test_chat_format_answers_without_bos(units):
     """The transcript follows the last token of the template."""
     prompt = make_prompt("chat", units)

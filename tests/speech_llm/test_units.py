@@ -127,6 +127,9 @@ def test_mask_token(native, adapted, tmp_path):
     with pytest.raises(UserError, match="has none, and no spare row; give .* text_mask_token"):
         units.mask_token()
     assert units.mask_token("</s>") == units.eos
+    # what stands for silence needs no option
+    assert units.silence_token() == units.eos
+    assert label_units(native, len(native_token_list(native))).silence_token() == 0
 
 
 def test_special_tokens_that_are_missing(tmp_path):

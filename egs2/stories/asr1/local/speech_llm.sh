@@ -79,6 +79,8 @@ describe_speech_llm() {
 report_gap() { # experiment
     local gap=""
     [ ! -f "$1/train.log" ] || gap=$(sed -nE 's/.*epoch results:.*shuffled_gap=([^,]+).*/\1/p' "$1/train.log" | tail -n 1)
-    echo "=== $1: shuffled-audio gap ${gap:-unknown}$(awk -v gap="${gap:-0}" 'BEGIN {
-        if (gap < 0.3) print ": it IGNORES THE AUDIO"; else if (gap < 2) print ": it hardly uses the audio"}')"
+    echo "=== $1: shuffled-audio gap ${gap:-unknown}$(awk -v gap="${gap}" 'BEGIN {
+        if (gap !~ /^-?[0-9]/) print " (see train.log)"
+        else if (gap < 0.3) print ": it IGNORES THE AUDIO"
+        else if (gap < 2) print ": it hardly uses the audio"}')"
 }
