@@ -33,12 +33,15 @@ copying_lm() {
 # What is left of an exported LLM without the files about our token list is an LLM from elsewhere;
 # the recognisers' token list with its tokens.
 native_llm() {
-    flock "exp/locks/${name}_native" bash -ec '
-        [ ! "$2/.done" -nt "$1/config.json" ] || exit 0
-        mkdir -p "$2"
-        cp "$1"/{*.json,*.safetensors} "$2"
-        touch "$2/.done"
-    ' copy "${exp}/lm_copy_own/llm" "${exp}/lm_copy_own/native"
+    local from=${exp}/lm_copy_own/llm native=${exp}/lm_copy_own/native
+    (
+        flock 9
+        if ! [ "${native}/.done" -nt "${from}/config.json" ]; then
+            mkdir -p "${native}"
+            cp "${from}"/{*.json,*.safetensors} "${native}"
+            touch "${native}/.done"
+        fi
+    ) 9> "exp/locks/${name}_native"
     recipe "${name}_native_tokens" --stage 5 --stop_stage 5 "${native_tokens[@]:0:4}"
 }
 native_tokens=(--token_type hugging_face --llm "${exp}/lm_copy_own/native"
