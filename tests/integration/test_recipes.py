@@ -215,7 +215,7 @@ def test_espnet_packs_what_the_recipe_trained(mini):
         (["--stagee", "3"], "unknown option --stagee"),
         (["train"], "expected an option, got 'train'"),
         (["--stage"], "option --stage needs a value"),
-        (["--token_type", "phone"], "expected bpe, char or word"),
+        (["--token_type", "phone"], "expected bpe, char, word or hugging_face"),
         (["--use_lm", "yes"], "expected true or false"),
     ],
 )
