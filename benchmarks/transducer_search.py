@@ -7,8 +7,8 @@ is that of the search alone. Searches run in turns over blocks of the same utter
 meet the same load of the machine. The text is scored against the reference; all searches have the
 same scales, and rank by the score per symbol as the peers do.
 
-    python benchmarks/transducer_search.py --exp egs2/mini/asr1/exp/mini \
-        --data egs2/mini/asr1/dump/mini/raw/test
+    cd egs2/mini/asr1
+    python ../../../benchmarks/transducer_search.py --exp exp/mini --data dump/mini/raw/test
 """
 
 import argparse
