@@ -11,19 +11,18 @@ all labels. They say nothing about word error rates; the decoding benchmark has 
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measuring import Worker, resident_peak
 
 MEGABYTE = 1e6
 # (T, N, V) float32 tensors alive at the peak of ESPnet's step over all labels: posteriors of
@@ -140,16 +139,6 @@ ALL_LABELS = ("espnet", "ours")
 # ---------------------------------------------------------------------------- worker process
 
 
-def resident_peak(reset: bool) -> float:
-    """Bytes of resident memory: now, after resetting the peak, or the peak since then (Linux)."""
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory of earlier runs must not hide new needs
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024.0 * int(fields["VmRSS" if reset else "VmHWM"].split()[0])
-
-
 def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
@@ -196,24 +185,8 @@ def work(name: str, vocab: int, args) -> None:
         print(json.dumps(answer), flush=True)
 
 
-class Worker:
-    def __init__(self, name: str, vocab: int, argv: list[str]):
-        command = [sys.executable, __file__, *argv, "--worker", name, "--vocab", str(vocab)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, command: str):
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker died with code {self.process.wait()} on {command!r}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def worker_of(name: str, vocab: int, argv: list[str]) -> Worker:
+    return Worker([*argv, "--worker", name, "--vocab", str(vocab)])
 
 
 # ---------------------------------------------------------------------------- comparison
@@ -240,11 +213,11 @@ def compare(vocab: int, args, argv: list[str]) -> list[dict]:
         if name == "espnet" and need > args.memory_limit_gb * 1e9:
             row["skipped"] = f"does not fit (about {need / 1e9:.0f} GB)"
         else:
-            workers[name] = Worker(name, vocab, argv)
+            workers[name] = worker_of(name, vocab, argv)
     with tempfile.TemporaryDirectory() as folder:
         expected = None
         if 2 * need <= args.memory_limit_gb * 1e9:
-            reference = Worker("reference", vocab, argv)
+            reference = worker_of("reference", vocab, argv)
             reference.ask(f"save {folder}/reference")
             reference.close()
             expected = torch.load(f"{folder}/reference")

@@ -8,12 +8,10 @@ that all of them meet the same load; the table has the median and the fastest ru
 """
 
 import argparse
-import ctypes
 import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Worker, resident_peak
 
 MEGABYTE = 1e6
 # (B, T, U+1, V+1) tensors alive at the peak of the full joint: scores, log-softmax, concatenation,
@@ -167,16 +166,6 @@ def make_inputs(vocab: int, args, utts=None):
     return [x[:utts].clone() for x in (acoustic, lm, blank, targets, frames, labels)]
 
 
-def resident_peak(reset: bool) -> float:
-    """Bytes of resident memory: now, after resetting the peak, or the peak since then (Linux)."""
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory of earlier runs must not hide new needs
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024.0 * int(fields["VmRSS" if reset else "VmHWM"].split()[0])
-
-
 def work(implementation: Implementation, vocab: int, args) -> None:
     """Serve one-line commands on stdin with one-line JSON answers on stdout."""
     torch.set_num_threads(args.threads)
@@ -224,24 +213,8 @@ def work(implementation: Implementation, vocab: int, args) -> None:
         print(json.dumps(answer), flush=True)
 
 
-class Worker:
-    def __init__(self, name: str, vocab: int, argv: list[str]):
-        command = [sys.executable, __file__, *argv, "--worker", name, "--vocab", str(vocab)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, command: str):
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker died with code {self.process.wait()} on {command!r}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def worker_of(name: str, vocab: int, argv: list[str]) -> Worker:
+    return Worker([*argv, "--worker", name, "--vocab", str(vocab)])
 
 
 # ---------------------------------------------------------------------------- the machine's limit
@@ -327,14 +300,14 @@ def compare(vocab: int, args, argv: list[str]) -> list[dict]:
         elif implementation.max_vocab and vocab > implementation.max_vocab:
             row["skipped"] = "not run (interpreted)"
         else:
-            workers[name] = Worker(name, vocab, argv)
+            workers[name] = worker_of(name, vocab, argv)
     with tempfile.TemporaryDirectory() as folder:
         for name, worker in workers.items():
             worker.ask(f"save {folder}/{name}")
         reference = None
         if args.reference:
             reference = f"{folder}/reference"
-            exact = Worker("reference", vocab, argv)
+            exact = worker_of("reference", vocab, argv)
             exact.ask(f"save {reference}")
             exact.close()
         for row in rows:
