@@ -23,7 +23,8 @@ setup(
         "espnet==202511",
         # torch 2.12 needs a setuptools newer than ESPnet admits.
         "torch>=2.9,<2.12",
-        "torchaudio>=2.9,<2.12",
+        # torchaudio 2.11.1 needs symbols of torch 2.12 although its metadata admits older ones.
+        "torchaudio>=2.9,<2.11.1",
         "transformers>=5.0,<6",
         "peft>=0.17",
         "safetensors",
