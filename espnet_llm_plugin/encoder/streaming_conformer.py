@@ -49,6 +49,8 @@ class StreamingConformerEncoder(AbsStreamingEncoder):
         activation_type: ``swish``, ``relu``, ``hardtanh``, ``tanh`` or ``selu``.
         input_layer: ``conv2d`` (causal) or ``stacking``.
         subsampling: input frames per output frame.
+        subsampling_channels: channels of ``conv2d``, None: D. The convolutions take much of the
+            time of a small model: with D = 128 and four layers more than a third.
         chunk_size: input frames of a chunk.
         left_context: input frames of left context of the attention.
         right_context: input frames of look-ahead; 0: none.
@@ -75,6 +77,7 @@ class StreamingConformerEncoder(AbsStreamingEncoder):
         activation_type: str = "swish",
         input_layer: str = "conv2d",
         subsampling: int = 4,
+        subsampling_channels: Optional[int] = None,
         chunk_size: Optional[int] = 16,
         left_context: int = 128,
         right_context: int = 0,
@@ -90,9 +93,17 @@ class StreamingConformerEncoder(AbsStreamingEncoder):
             raise UserError(
                 f"encoder_conf: cnn_module_kernel must be at least 1, got {cnn_module_kernel}"
             )
+        reduction = {}
+        if subsampling_channels is not None:
+            if input_layer != "conv2d":
+                raise UserError(
+                    "encoder_conf: subsampling_channels are those of input_layer conv2d, got "
+                    f"input_layer {input_layer!r}"
+                )
+            reduction["channels"] = subsampling_channels
         super().__init__(
             "streaming_conformer",
-            _INPUT_LAYERS[input_layer](input_size, output_size, subsampling),
+            _INPUT_LAYERS[input_layer](input_size, output_size, subsampling, **reduction),
             output_size,
             chunk_size,
             left_context,

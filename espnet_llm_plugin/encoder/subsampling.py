@@ -8,6 +8,7 @@ B utterances or streams, T input frames, F input width, D output width, C channe
 """
 
 from abc import ABC, abstractmethod
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -106,12 +107,18 @@ class CausalConv2dSubsampling(AbsStreamingSubsampling):
 
     Args:
         input_size: F.
-        output_size: D, also the number of channels.
+        output_size: D.
         factor: 2, 4 or 8.
+        channels: C; None: D, as in ESPnet.
     """
 
-    def __init__(self, input_size: int, output_size: int, factor: int):
+    def __init__(
+        self, input_size: int, output_size: int, factor: int, channels: Optional[int] = None
+    ):
         super().__init__(input_size, factor)
+        out_channels = output_size if channels is None else channels
+        if out_channels < 1:
+            raise UserError(f"encoder_conf: subsampling_channels must be positive, got {channels}")
         if factor not in (2, 4, 8):
             raise UserError(
                 f"encoder_conf: subsampling of the input layer 'conv2d' must be 2, 4 or 8, got "
@@ -119,17 +126,17 @@ class CausalConv2dSubsampling(AbsStreamingSubsampling):
             )
         self.convs = torch.nn.ModuleList()
         self.widths = []  # of each layer's input
-        width, channels = input_size, 1
+        width, in_channels = input_size, 1
         for _ in range(factor.bit_length() - 1):
             if width < 3:
                 raise UserError(
                     f"{input_size} features are too few for a time reduction by {factor} with "
                     "the input layer 'conv2d'; use more mel bands (frontend_conf n_mels)"
                 )
-            self.convs.append(torch.nn.Conv2d(channels, output_size, 3, stride=2))
+            self.convs.append(torch.nn.Conv2d(in_channels, out_channels, 3, stride=2))
             self.widths.append(width)
-            width, channels = (width - 1) // 2, output_size
-        self.linear = torch.nn.Linear(output_size * width, output_size)
+            width, in_channels = (width - 1) // 2, out_channels
+        self.linear = torch.nn.Linear(out_channels * width, output_size)
 
     def initial_caches(self, like: Tensor) -> State:
         return tuple(

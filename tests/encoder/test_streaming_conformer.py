@@ -40,6 +40,7 @@ class TestStackingWithLongAndShortKernels(StreamingContract):
         dict(input_layer="conv2d", cnn_module_kernel=16, right_context=8, left_context=0),
         dict(cnn_module_kernel=9, num_blocks=3, right_context=8, left_context=8),
         dict(activation_type="relu", cnn_module_kernel=4, right_context=4, left_context=64),
+        dict(subsampling_channels=3, right_context=8, left_context=8),
     )
 
     def make(self, **options):
@@ -159,11 +160,22 @@ def test_other_time_reductions(factor):
     assert_same(torch.cat([first.frames, second.frames, last.frames], 1), expected)
 
 
+def test_channels_of_the_convolutions():
+    convs = make(subsampling_channels=3).reduction.convs
+    assert [(conv.in_channels, conv.out_channels) for conv in convs] == [(1, 3), (3, 3)]
+    assert [conv.out_channels for conv in make().reduction.convs] == [12, 12]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(input_layer="linear"), "unknown input_layer 'linear'; choose one of: conv2d, stack"),
         (dict(subsampling=3, chunk_size=12, left_context=12), "must be 2, 4 or 8, got 3"),
+        (dict(subsampling_channels=0), "subsampling_channels must be positive, got 0"),
+        (
+            dict(input_layer="stacking", subsampling_channels=4),
+            "subsampling_channels are those of input_layer conv2d, got input_layer 'stacking'",
+        ),
         (dict(cnn_module_kernel=0), "cnn_module_kernel must be at least 1"),
         (
             dict(input_layer="stacking", output_size=10, attention_heads=2),
