@@ -77,10 +77,13 @@ train_lm() {
 }
 
 # --- recognisers ----------------------------------------------------------------------------------
-# Everything of a condition is in one directory; the CTC model does not depend on the epochs.
+# Everything of a condition is in one directory. The CTC model does not depend on the epochs, and one
+# streaming model is trained with chunks of all sizes, which are a matter of decoding.
 place() { # model
-    local condition=${encoder}_e${epochs}_s${seed}
-    [ "$1" != ctc ] || condition=${encoder}_s${seed}
+    local trained=offline condition
+    [ "${encoder}" = offline ] || trained=streaming
+    condition=${trained}_e${epochs}_s${seed}
+    [ "$1" != ctc ] || condition=${trained}_s${seed}
     echo "${exp}/${condition}"
 }
 asr() { # model, configuration, options; `decoding` names what others need not wait for
@@ -131,6 +134,8 @@ train_model() {
     describe "$1"
     [ -z "${lm}" ] || train_lm "${lm}"
     if [ -n "${from}" ]; then
+        # one model for all chunk sizes continues with the scales of the middle one
+        [ "${encoder}" = offline ] || local encoder=320
         run_row "${from}" # trains what this model starts from, and tunes its scales
         describe "$1"
         first=$(place "$(field "${from}" model)")/asr_$(field "${from}" model)/valid.loss.ave.pth
@@ -153,8 +158,9 @@ train_model() {
     elif [ -n "${lm}" ]; then
         options+=" --decoder_conf predictor_conf.llm=${exp}/lm_${lm}/llm"
     fi
-    [ "${encoder}" = offline ] || # 40 ms of look-ahead, as the paper's Emformer
-        options+=" --encoder_conf chunk_size=$((encoder / 10)) --encoder_conf right_context=4"
+    [ "${encoder}" = offline ] || # and look ahead by one frame, 80 ms
+        options+=" --encoder_conf chunk_size=32 --encoder_conf dynamic_chunk_sizes=[16,32,64]
+            --encoder_conf right_context=8"
     asr "$1" "${settings}" --skip_eval true --stop_stage 11 "${start[@]}" \
         --asr_args "$(schedule "${count}") --seed ${seed} ${options}"
     [[ $1 != sl_* ]] || report_gap "$(place "$1")/asr_$1"

@@ -39,6 +39,7 @@ tag_of() { # row
     use=$(field "$1" use)
     tag=decode${use:+_${use/ /_}}
     [ "$(field "$1" scales)" = tuned ] || tag+=_$(field "$1" scales)
+    [ "${encoder}" = offline ] || tag+=_${encoder}ms
     echo "${tag}"
 }
 decoding_of() { echo "$(place "$(field "$1" model)")/asr_$(field "$1" model)/$(tag_of "$1")"; }
@@ -63,7 +64,20 @@ run_row() {
     [[ $1 != *_joint ]] || given+=(--alone_tag "$(tag_of "${1%_joint}")") # for the diagnosis
     decoding=$(tag_of "$1")
     asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
-        --tune_tool "${tuner}" --tune_config "$(config "${grid}")" --inference_config "$(config "${decode}")"
+        --tune_tool "${tuner}" --tune_config "$(in_chunks "${grid}")" \
+        --inference_config "$(in_chunks "${decode}")"
+}
+# A configuration of tuning or decoding, with the chunk of the encoder.
+in_chunks() {
+    local settings
+    settings=$(config "$1")
+    if [ "${encoder}" != offline ]; then
+        settings=${exp}/conf/$1_${encoder}ms.yaml
+        mkdir -p "${exp}/conf"
+        { cat "$(config "$1")" && echo "chunk_ms: ${encoder}"; } > "${settings}.$$.${BASHPID}"
+        mv "${settings}.$$.${BASHPID}" "${settings}"
+    fi
+    echo "${settings}"
 }
 
 # --- all that was asked for -----------------------------------------------------------------------
@@ -154,10 +168,11 @@ entry() { # row
     command: $(run_command "$1")
     test: ${decoded}/test
     scales: ${decoded}/tune/scales.json
-    dev_nll: ${decoded}/nll/nll.json
     rtf: ${decoded}/test/logdir/output.1/rtf.json
     time: [$(times_of "$1" | sort -u | sed 's/.*/"&"/' | paste -sd ,)]
 ENTRY
+    # The likelihood is that of the model's own chunk.
+    [[ ! ${encoder} =~ ^(offline|320)$ ]] || echo "    dev_nll: ${decoded}/nll/nll.json"
     # Neither CTC nor the RNN-T has a language model of its own; a speech LLM has no other.
     [[ ${model} =~ ^(ctc|ctc_more|rnnt|sl_.*)$ && -z ${use} ]] || echo "    perplexity: ${perplexity}"
     [[ ${model} != sl_* ]] || echo "    train_log: $(place "${model}")/asr_${model}/train.log"
@@ -166,7 +181,7 @@ ENTRY
 # others if they were run, and in the first table.
 table() {
     local encoder epochs row first=true conditions condition
-    conditions=$(find "${exp}" -maxdepth 1 -name '*_e*_s*' -printf '%f\n')
+    conditions=$(find "${exp}" -maxdepth 1 -name '*_e*_s*' ! -name 'streaming_*' -printf '%f\n')
     [ "${experiment}" = transducer ] || conditions=$(
         while read -r condition; do
             [ ! -f "${exp}/${condition}/.${experiment}" ] || echo "${condition}"
