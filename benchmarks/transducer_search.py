@@ -143,7 +143,7 @@ def load_models(args: argparse.Namespace) -> dict[str, LoadedASR]:
     if "rnnt" in args.models:
         models["RNN-T"] = load(args.exp / "asr_rnnt")
     if "ft" in args.models:
-        llm = str(args.exp / "lm_llama_adapted" / "llm")
+        llm = str(args.llm or args.exp / "lm_llama_adapted" / "llm")
         models["FT + LLM"] = load(
             args.exp / "asr_ft_weak", predictor="llm", predictor_conf={"llm": llm}
         )
@@ -160,10 +160,12 @@ def load(directory: Path, **swap) -> LoadedASR:
 def rows_of(args: argparse.Namespace, models: dict[str, LoadedASR]) -> list[Row]:
     rows = []
     for name, asr in models.items():
-        for beam in args.beams:
+        for beam in sorted({*args.beams, *args.our_beams}):
             for batch in args.batches:
                 counts: dict = {}
                 rows.append(Row(name, "ours", beam, batch, ours(asr, beam, batch, counts), counts))
+            if beam not in args.beams:
+                continue
             if beam == 1:
                 counts = {}
                 run = espnet(asr, 1, "default", counts)
@@ -256,14 +258,51 @@ def show(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def show_equal_wer(results: list[dict]) -> str:
+    """Each peer against the fastest of our searches that is at least as good, one table."""
+    lines = [
+        "|model|peer|beam|WER|utt/s|ours: batch|beam|WER|utt/s|speed-up|",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for peer in results:
+        if peer["search"] == "ours":
+            continue
+        for batch in sorted({r["batch"] for r in results if r["search"] == "ours"}):
+            good = [
+                r
+                for r in results
+                if r["search"] == "ours"
+                and (r["model"], r["batch"]) == (peer["model"], batch)
+                and r["wer"] <= peer["wer"]
+            ]
+            cells = "-|-|-|none as good"
+            if good:
+                best = max(good, key=lambda r: r["utt_per_s"])
+                speed_up = best["utt_per_s"] / peer["utt_per_s"]
+                cells = f"{best['beam']}|{best['wer']:.2f}|{best['utt_per_s']:.2f}|{speed_up:.1f}"
+            lines.append(
+                f"|{peer['model']}|{peer['search']}|{peer['beam']}|{peer['wer']:.2f}"
+                f"|{peer['utt_per_s']:.2f}|{batch}|{cells}|"
+            )
+    return "\n".join(lines)
+
+
 def main(cmd: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--exp", type=Path, required=True, help="experiments of egs2/mini")
+    parser.add_argument("--llm", type=Path, help="default: lm_llama_adapted/llm in --exp")
     parser.add_argument("--data", type=Path, required=True, help="formatted test set")
     parser.add_argument("--models", nargs="+", default=["rnnt", "ft"], choices=["rnnt", "ft"])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4, 10])
+    parser.add_argument(
+        "--our_beams",
+        nargs="+",
+        type=int,
+        default=[],
+        help="more beams of our search, to find the fastest that is as good as a peer's",
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--espnet", nargs="+", default=["default", "alsd", "maes"])
     parser.add_argument("--utterances", type=int, default=64)
@@ -283,6 +322,8 @@ def main(cmd: Optional[list[str]] = None) -> None:
     results = measure(args)
     print(f"{args.utterances} utterances, {args.threads} threads, torch {torch.__version__}\n")
     print(show(results))
+    if args.our_beams:
+        print(f"\n{show_equal_wer(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -204,18 +205,53 @@ def test_conditions_have_directories_of_their_own(recipe):
     found = trainings(
         run(recipe, "--llm_source", "LLM", *options, "--epochs", "5 10", "--jobs", "2")
     )
+    kinds = ("offline", "streaming")
     assert set(found) == {
-        f"exp/small_LLM/{encoder}_s{seed}/asr_ctc" for encoder in ("offline", 160) for seed in "12"
+        f"exp/small_LLM/{kind}_s{seed}/asr_ctc" for kind in kinds for seed in "12"
     } | {
-        f"exp/small_LLM/{encoder}_e{epochs}_s{seed}/asr_ft_weak"
-        for encoder in ("offline", 160)
+        f"exp/small_LLM/{kind}_e{epochs}_s{seed}/asr_ft_weak"
+        for kind in kinds
         for epochs in (5, 10)
         for seed in "12"
     }
     for directory, call in found.items():
         assert f"--seed {directory.split('_s')[-1][0]} " in call["--asr_args"] + " "
-        assert ("chunk_size=16" in call["--asr_args"]) == ("/160_" in directory)
-    assert "--max_epoch 10 " in found["exp/small_LLM/160_e10_s2/asr_ft_weak"]["--asr_args"]
+        assert ("chunk_size=32" in call["--asr_args"]) == ("/streaming_" in directory)
+    assert "--max_epoch 10 " in found["exp/small_LLM/streaming_e10_s2/asr_ft_weak"]["--asr_args"]
+
+
+def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
+    found = run(recipe, *OPTIONS, "--rows", "swap_mwer", "--encoders", "160 640")
+    assert {directory.split("/")[-1] for directory in trainings(found)} == {
+        *("asr_ctc", "asr_ft_weak", "asr_swap_mwer")
+    }
+    mwer = trainings(found)[f"{EXP}/streaming_e5_s1/asr_swap_mwer"]["--asr_args"]
+    assert "--encoder_conf dynamic_chunk_sizes=[16,32,64]" in mwer
+    for chunk in (160, 640):
+        call = decodings(found)[f"{EXP}/streaming_e5_s1/asr_swap_mwer/decode_{chunk}ms"]
+        for option, name in (("--tune_config", "tune"), ("--inference_config", "decode")):
+            assert call[option] == f"{EXP}/conf/{name}_{chunk}ms.yaml"
+            settings = yaml.safe_load((recipe / call[option]).read_text())
+            plain = yaml.safe_load((recipe / f"conf/stories/{name}.yaml").read_text())
+            assert settings == {**plain, "chunk_ms": chunk}
+    # what all chunk sizes share starts with the scales of the middle one
+    swap = decodings(found)[f"{EXP}/streaming_e5_s1/asr_ft_weak/decode_swap_stories_320ms"]
+    assert swap["--tune_config"].endswith("tune_320ms.yaml")
+
+
+def test_rows_of_the_archive_are_not_done_again(recipe):
+    done = f"{HERE}/asr_ft_weak/decode/test"
+    with zipfile.ZipFile(recipe / "results.zip", "w") as archive:
+        archive.writestr(f"{done}/scores.json", "{}")
+    (recipe / done).mkdir(parents=True)
+    (recipe / done / "scores.json").write_text("{}")  # as the command of `tools` would
+    found = run(recipe, *OPTIONS, "--rows", "weak swap")
+    assert [call["--inference_tag"] for call in found if "--inference_tag" in call] == [
+        "decode_swap_stories"
+    ]
+    tools = (recipe / "tools").read_text()
+    assert "results_archive\t--archive\tresults.zip\t--restore" in tools
+    assert f"results_archive\t--archive\tresults.zip\t--collect\t{EXP}/results.yaml" in tools
 
 
 def test_two_workers_share_the_rows(recipe):
@@ -251,7 +287,10 @@ def test_the_table_has_what_was_run(recipe):
     assert run(
         recipe, *OPTIONS, "--rows", "weak", "--epochs", "10", "--encoders", "320", "--seeds", "2"
     )
-    for place in (f"{HERE}/asr_ft_weak/decode_swap_other", f"{EXP}/320_e10_s2/asr_ft_weak/decode"):
+    for place in (
+        f"{HERE}/asr_ft_weak/decode_swap_other",
+        f"{EXP}/streaming_e10_s2/asr_ft_weak/decode_320ms",
+    ):
         (recipe / place / "test").mkdir()
         (recipe / place / "test/scores.json").touch()
     result = launch(recipe, *OPTIONS, "--rows", "none", python=recipe.parents[2] / "bin")

@@ -11,11 +11,12 @@
 #   --experiment  transducer (local/rows.txt) or speech_llm (local/speech_llm_rows.txt)
 #   --rows        rows or sets of rows (main, ablation, ...) of that file, or all; none: just the table
 #   --encoders    offline, or milliseconds of a chunk: 160 320 640
-#   --epochs      of transducers or speech LLMs, each a table of its own
+#   --epochs      of transducers or speech LLMs, a table each
 #   --jobs        rows at a time, each with one thread
 #   --stop_stage  5: data only
 #
-# What is finished is not done again, so a long experiment can be run in pieces, several at a time.
+# What is finished is not done again: a long experiment can be run in pieces, several at a time, or
+# elsewhere, since results.zip has what the tables of full are made of.
 
 # shellcheck source-path=SCRIPTDIR
 set -euo pipefail
@@ -50,9 +51,9 @@ export OMP_NUM_THREADS=1
 . local/speech_llm.sh
 . local/steps.sh
 
+restore_results
 # shellcheck disable=SC2086
 [ "${rows}" = none ] || selected=$(select_rows ${rows})
 [ "${rows}" = none ] || prepare_data
-# shellcheck disable=SC2086
-[ "${rows}" = none ] || [ "${stop_stage}" -le 5 ] || run_rows ${selected}
+[ "${rows}" = none ] || [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
 [ "${stop_stage}" -lt 13 ] || table

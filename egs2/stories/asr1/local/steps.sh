@@ -8,6 +8,9 @@ case ${experiment} in
     speech_llm) rows_file=local/speech_llm_rows.txt first_lm=copy part=_speech_llm ;;
     *) die "--experiment is '${experiment}'; expected transducer or speech_llm" ;;
 esac
+archive=results.zip
+[ "${size}" = full ] || archive=${exp}/results.zip
+restore_results() { [ ! -f "${archive}" ] || tool results_archive --archive "${archive}" --restore; }
 for encoder in ${encoders}; do
     [[ " offline 160 320 640 " == *" ${encoder} "* ]] ||
         die "--encoders has '${encoder}'; expected some of offline 160 320 640"
@@ -104,11 +107,21 @@ run_unit() { # words of a unit
         lm) train_lm "$2" ;;
         model) train_model "$2" ;;
         row)
+            if ! decodable "$2" && compgen -G "$(decoding_of "$2")/test/scores.json" > /dev/null; then
+                echo "row $2 was finished elsewhere: it is in ${archive}"
+                return
+            fi
             mkdir -p "${exp}/${encoder}_e${epochs}_s${seed}"
             touch "${exp}/${encoder}_e${epochs}_s${seed}/.${experiment}" # its table has this condition
             run_row "$2"
             ;;
     esac
+}
+# Whether the model of a row is here, or at least begun.
+decodable() {
+    local model
+    model=$(field "$1" model)
+    [ -f "$(place "${model}")/asr_${model}/.begun" ]
 }
 # Several workers go through the same units and do what no other has begun.
 work() {
@@ -120,9 +133,10 @@ work() {
         run_unit "${words[@]}" < /dev/null
     done <<< "${units}"
 }
-run_rows() {
+run_rows() { # names, a line each
     local units claims worker failed=0 first=${#job_pids[@]}
-    units=$(units_of "$@")
+    # shellcheck disable=SC2086
+    units=$(units_of $1)
     claims=$(mktemp -d)
     for worker in $(seq "${jobs}"); do start_job work "${worker}"; done
     for worker in $(seq "${jobs}"); do wait "${job_pids[first + worker - 1]}" || failed=1; done
@@ -203,6 +217,7 @@ table() {
     } > "${exp}/results${part}.yaml"
     local results=RESULTS${part}.md
     [ "${size}" = full ] || results=${exp}/${results}
+    tool results_archive --archive "${archive}" --collect "${exp}/results${part}.yaml"
     tool results_table --config "${exp}/results${part}.yaml" --output "${results}" \
         --plot "${exp}/wer${part}.png"
 }

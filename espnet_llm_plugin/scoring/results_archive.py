@@ -1,0 +1,103 @@
+"""Keep what a table of results was made of, so that a long experiment can go on elsewhere.
+
+Models stay where they were trained. The archive, a zip file, holds the small files that
+:func:`~espnet_llm_plugin.scoring.results.load_results` reads of every finished system (errors of
+each utterance, scales, times, perplexities), under their paths relative to the working directory.
+"""
+
+import glob
+import io
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Iterator, Union
+
+import yaml
+
+from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.scoring.evaluate import SCORES
+
+_FILES = ("scales", "dev_nll", "perplexity", "rtf", "time", "train_log")
+# One date for all members: the same files give the same archive.
+_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def collect(config: Union[str, Path], archive: Union[str, Path]) -> int:
+    """Put the files of all finished systems of a results YAML into the archive.
+
+    What it held before stays unless there is a newer version here.
+
+    Returns:
+        Files in the archive.
+
+    Raises:
+        UserError: A file outside the working directory, or a broken archive.
+    """
+    members = _read(archive) if Path(archive).is_file() else {}
+    table = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    seeds = table.get("seeds") or [""]
+    for system in table["systems"]:
+        for seed in seeds:
+            for path in _files_of(system, str(seed)):
+                name = PurePosixPath(path)
+                if name.is_absolute() or ".." in name.parts:
+                    raise UserError(
+                        f"{config}: {path} is outside the working directory; only relative paths "
+                        "can be archived"
+                    )
+                members[str(name)] = Path(path).read_bytes()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as stream:
+        for name in sorted(members):
+            info = zipfile.ZipInfo(name, _DATE)
+            stream.writestr(info, members[name], zipfile.ZIP_DEFLATED, compresslevel=9)
+    with atomic_write(archive, "wb") as stream:
+        stream.write(buffer.getvalue())
+    return len(members)
+
+
+def restore(archive: Union[str, Path]) -> int:
+    """Write the files of the archive that are not here; returns how many.
+
+    Raises:
+        UserError: A broken archive, or names outside the working directory.
+    """
+    count = 0
+    for name, content in _read(archive).items():
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{archive}: {name} is outside the working directory")
+        if not path.exists():
+            with atomic_write(path, "wb") as stream:
+                stream.write(content)
+            count += 1
+    return count
+
+
+def _read(archive: Union[str, Path]) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(archive) as stream:
+            return {name: stream.read(name) for name in stream.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(
+            f"{archive} cannot be read as a zip file ({error}); expected what "
+            "espnet_llm_plugin.bin.results_archive wrote"
+        ) from error
+
+
+def _files_of(system: dict, seed: str) -> Iterator[str]:
+    """Files of a system that is scored for this seed; none if it is not."""
+    tests = system["test"]
+    directories = list(tests.values()) if isinstance(tests, dict) else [tests]
+    directories += [system["dev"]] if system.get("dev") else []
+    directories = [str(one).replace("{seed}", seed) for one in directories]
+    if not (Path(directories[0]) / SCORES).is_file():
+        return
+    for directory in directories:
+        yield from glob.glob(f"{directory}/{SCORES}")
+        yield from glob.glob(f"{directory}/score_*/utterances.tsv")
+    for key in _FILES:
+        values = system.get(key) or []
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str):
+                yield from glob.glob(value.replace("{seed}", seed))

@@ -1,0 +1,126 @@
+"""An experiment that goes on elsewhere has the table of one that was never moved."""
+
+import json
+import zipfile
+
+import pytest
+
+from espnet_llm_plugin.bin.results_archive import main
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.scoring.results import load_results
+from espnet_llm_plugin.scoring.results_archive import collect, restore
+from espnet_llm_plugin.scoring.results_page import results_markdown, summarize
+from tests.scoring.test_results import score_set
+
+CONFIG = """
+baseline: weak
+seeds: [1, 2]
+unfinished: true
+systems:
+  - name: weak
+    test: exp/s{seed}/weak/test
+    scales: exp/s{seed}/scales.json
+    rtf: exp/s{seed}/output.*/rtf.json
+    time: ["exp/s{seed}/time.json", exp/lm/time.json]
+  - name: strong
+    test: exp/s{seed}/strong/test
+    perplexity: exp/lm/perplexity.json
+"""
+
+
+def make(directory, seed, system, wrong):
+    score_set(directory / f"exp/s{seed}/{system}/test", wrong)
+    files = {
+        f"s{seed}/scales.json": {"best": {"alpha": 0.1 * seed, "label_bonus": 1}},
+        f"s{seed}/output.1/rtf.json": {"rtf": 0.1, "audio_seconds": 2},
+        f"s{seed}/time.json": {"seconds": 60 * seed},
+        "lm/time.json": {"seconds": 30},
+        "lm/perplexity.json": {"word_perplexity": 12.5},
+    }
+    for name, content in files.items():
+        path = directory / "exp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    (directory / f"exp/s{seed}/{system}/model.pth").write_bytes(b"large")
+    (directory / "results.yaml").write_text(CONFIG)
+
+
+def page():
+    results = load_results("results.yaml")
+    return results_markdown(results, summarize(results, 200, 0)).split("## Environments")[0]
+
+
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """The page of an experiment that ran in one place."""
+    directory = tmp_path / "whole"
+    for seed in (1, 2):
+        for system, wrong in (("weak", 20 + seed), ("strong", 10 + seed)):
+            make(directory, seed, system, wrong)
+    monkeypatch.chdir(directory)
+    return page()
+
+
+def test_two_places_give_the_table_of_one(tmp_path, monkeypatch, whole, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    make(here, 1, "weak", 21)
+    make(here, 1, "strong", 11)
+    monkeypatch.chdir(here)
+    main(["--archive", "../archive.zip", "--collect", "results.yaml"])
+    make(there, 2, "weak", 22)
+    make(there, 2, "strong", 12)
+    monkeypatch.chdir(there)
+    main(["--archive", "../archive.zip", "--restore"])
+    assert "../archive.zip: 9 files restored" in capsys.readouterr().out
+    assert page() == whole
+    assert not list(there.glob("exp/s1/**/*.pth"))
+
+
+def test_what_is_here_is_newer(tmp_path, monkeypatch):
+    make(tmp_path, 1, "weak", 21)
+    monkeypatch.chdir(tmp_path)
+    collect("results.yaml", "a.zip")
+    (tmp_path / "exp/s1/time.json").write_text('{"seconds": 5}')
+    assert restore("a.zip") == 0
+    assert json.loads((tmp_path / "exp/s1/time.json").read_text()) == {"seconds": 5}
+    collect("results.yaml", "a.zip")
+    with zipfile.ZipFile("a.zip") as archive:
+        assert archive.read("exp/s1/time.json") == b'{"seconds": 5}'
+
+
+def test_same_files_same_archive(tmp_path, monkeypatch):
+    make(tmp_path, 1, "weak", 21)
+    monkeypatch.chdir(tmp_path)
+    collect("results.yaml", "a.zip")
+    first = (tmp_path / "a.zip").read_bytes()
+    collect("results.yaml", "a.zip")
+    assert (tmp_path / "a.zip").read_bytes() == first
+
+
+def test_only_the_finished(tmp_path, monkeypatch):
+    make(tmp_path, 1, "weak", 21)
+    make(tmp_path, 2, "weak", 21)
+    (tmp_path / "exp/s2/weak/test/scores.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    collect("results.yaml", "a.zip")
+    with zipfile.ZipFile("a.zip") as archive:
+        assert not [name for name in archive.namelist() if name.startswith("exp/s2")]
+
+
+def test_outside_of_the_directory(tmp_path, monkeypatch):
+    make(tmp_path, 1, "weak", 21)
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.replace("exp/lm/time.json", str(tmp_path / "exp/lm/time.json"))
+    (tmp_path / "results.yaml").write_text(config)
+    with pytest.raises(UserError, match="outside the working directory; only relative"):
+        collect("results.yaml", "a.zip")
+    with zipfile.ZipFile("evil.zip", "w") as archive:
+        archive.writestr("../evil", "")
+    with pytest.raises(UserError, match="evil.zip: ../evil is outside"):
+        restore("evil.zip")
+
+
+def test_no_archive(tmp_path):
+    (tmp_path / "a.zip").write_text("no zip")
+    with pytest.raises(UserError, match="cannot be read as a zip file"):
+        restore(tmp_path / "a.zip")
