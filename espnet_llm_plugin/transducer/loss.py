@@ -62,8 +62,7 @@ def factorized_rnnt_loss(
         UserError: shapes that do not fit together, lengths or targets out of range, an unknown
             blank_norm or reduction.
     """
-    if reduction not in REDUCTIONS:
-        raise UserError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}.")
+    check_reduction(reduction)
     blank_log_probs, label_log_probs = factorized_lattice(
         acoustic_logits,
         lm_log_probs,
@@ -75,9 +74,7 @@ def factorized_rnnt_loss(
         blank_norm=blank_norm,
     )
     nll = lattice_nll(blank_log_probs, label_log_probs, frame_lengths, target_lengths)
-    if reduction == "none":
-        return nll
-    return nll.sum() if reduction == "sum" else nll.mean()
+    return reduced(nll, reduction)
 
 
 def factorized_lattice(
@@ -133,6 +130,19 @@ def factorized_lattice(
     label = score - log_norm[:, :, :-1].masked_fill(log_norm[:, :, :-1] == -math.inf, 0.0)
     label = F.pad(label, (0, 1)) + F.logsigmoid(-blank)
     return F.logsigmoid(blank), label.masked_fill(no_label[:, None], -math.inf)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise :class:`UserError` for an unknown reduction."""
+    if reduction not in REDUCTIONS:
+        raise UserError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}.")
+
+
+def reduced(nll: Tensor, reduction: str) -> Tensor:
+    """Losses of utterances (B,) as ``reduction`` says."""
+    if reduction == "none":
+        return nll
+    return nll.sum() if reduction == "sum" else nll.mean()
 
 
 def check_blank_norm(blank_norm: str) -> None:
@@ -194,24 +204,42 @@ def _check(
                 f"{name} is on {tensor.device}, acoustic_logits on {acoustic.device}; "
                 "move them to one device."
             )
-    for name in ("targets", "frame_lengths", "target_lengths"):
-        tensor = expected[name][0]
+    lengths = check_targets(targets, frame_lengths, target_lengths, num_frames, vocab)
+    return _Lengths(*lengths)
+
+
+def check_targets(
+    targets: Tensor, frame_lengths: Tensor, target_lengths: Tensor, num_frames: int, vocab: int
+) -> tuple[list[int], list[int]]:
+    """Lengths as Python integers; raises :class:`UserError` unless they and the labels are valid.
+
+    Args:
+        targets: (B, U) integers in [0, vocab) within the lengths.
+        frame_lengths: (B,) integers in [1, num_frames].
+        target_lengths: (B,) integers in [0, U].
+        num_frames: T.
+        vocab: V.
+    """
+    named = dict(targets=targets, frame_lengths=frame_lengths, target_lengths=target_lengths)
+    for name, tensor in named.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise UserError(f"{name} is {tensor.dtype}; expected integers.")
-    lengths = _Lengths(frame_lengths.tolist(), target_lengths.tolist())
-    if not all(1 <= length <= num_frames for length in lengths.frames):
+        if len(tensor) != len(targets):
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}; expected (B,) = ({len(targets)},)."
+            )
+    frames, labels = frame_lengths.tolist(), target_lengths.tolist()
+    if not all(1 <= length <= num_frames for length in frames):
+        raise UserError(f"frame_lengths is {frames}; each must be between 1 and T = {num_frames}.")
+    if not all(0 <= length <= targets.shape[1] for length in labels):
         raise UserError(
-            f"frame_lengths is {lengths.frames}; each must be between 1 and T = {num_frames}."
+            f"target_lengths is {labels}; each must be between 0 and U = {targets.shape[1]}."
         )
-    if not all(0 <= length <= num_labels for length in lengths.targets):
-        raise UserError(
-            f"target_lengths is {lengths.targets}; each must be between 0 and U = {num_labels}."
-        )
-    for b, (row, length) in enumerate(zip(targets.tolist(), lengths.targets)):
+    for b, (row, length) in enumerate(zip(targets.tolist(), labels)):
         wrong = [label for label in row[:length] if not 0 <= label < vocab]
         if wrong:
             raise UserError(
                 f"targets[{b}] contains {wrong[0]}; labels must be in [0, {vocab}): blank is not a "
                 "label, so a token id is usually the label plus 1."
             )
-    return lengths
+    return frames, labels
