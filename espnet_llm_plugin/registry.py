@@ -51,7 +51,7 @@ ENTRIES = (
         "model",
         "transducer",
         "espnet_llm_plugin.transducer.model:TransducerModel",
-        "RNN-T with ESPnet's transducer decoder and joint, trained with torchaudio's loss",
+        "RNN-T with ESPnet's transducer decoder and joint, trained with an exact low-memory loss",
     ),
     Entry(
         "model",

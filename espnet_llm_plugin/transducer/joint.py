@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
+from espnet_llm_plugin.transducer.dense_loss import dense_rnnt_loss
 
 
 def posterior(
@@ -132,3 +133,39 @@ class ResidualJoint(torch.nn.Module):
         hidden = self.joint_activation(self.lin_enc(encoder_out) + self.lin_dec(decoder_out))
         # in place: the result is the model's largest tensor, (B,T,U+1,V)
         return self.lin_out(hidden).add_(self.acoustic_output(encoder_out))
+
+
+def joint_nll(
+    joint: torch.nn.Module,
+    encoder_out: Tensor,
+    decoder_out: Tensor,
+    tokens: Tensor,
+    frame_lengths: Tensor,
+    token_lengths: Tensor,
+    blank: int,
+) -> Tensor:
+    """-log P(tokens | speech) of an RNN-T, (B,) in nats, without its (B, T, U+1, V) logits.
+
+    Args:
+        joint: ESPnet's joint network or :class:`ResidualJoint`.
+        encoder_out: (B, T, D).
+        decoder_out: (B, U+1, Dd).
+        tokens: (B, U), with any padding.
+        frame_lengths: (B,).
+        token_lengths: (B,).
+        blank: token id of the blank.
+    """
+    residual = isinstance(joint, ResidualJoint)
+    return dense_rnnt_loss(
+        joint.lin_enc(encoder_out),
+        joint.lin_dec(decoder_out),
+        joint.lin_out.weight,
+        joint.lin_out.bias,
+        tokens,
+        frame_lengths,
+        token_lengths,
+        blank=blank,
+        activation=joint.joint_activation,
+        frame_logits=joint.acoustic_output(encoder_out) if residual else None,
+        reduction="none",
+    )

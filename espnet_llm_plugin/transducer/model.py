@@ -6,14 +6,13 @@ B utterances, T frames, U labels, V tokens, L = V - 2 labels of the factorized t
 from typing import Any, Optional, Sequence
 
 import torch
-import torchaudio
 from espnet2.asr.decoder.transducer_decoder import TransducerDecoder
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.base_model import AbsTransducerModel, Lattice
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
-from espnet_llm_plugin.transducer.joint import FactorizedJoint, ResidualJoint
+from espnet_llm_plugin.transducer.joint import FactorizedJoint, ResidualJoint, joint_nll
 from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
 from espnet_llm_plugin.transducer.nbest_scores import (
     NBest,
@@ -24,7 +23,7 @@ from espnet_llm_plugin.transducer.nbest_scores import (
 
 
 class TransducerModel(AbsTransducerModel):
-    """RNN-T with ESPnet's ``transducer`` decoder and joint network and torchaudio's loss.
+    """RNN-T with ESPnet's ``transducer`` decoder and joint network and an exact low-memory loss.
 
     Args (``model_conf``):
         ctc_weight: weight of an auxiliary CTC loss on the encoder.
@@ -72,27 +71,22 @@ class TransducerModel(AbsTransducerModel):
         self.joint_network = joint_network
 
     def lattice_nll(self, batch: Lattice) -> tuple[Tensor, dict[str, Tensor]]:
-        """-log P(text | speech) (B,); builds the (B, T, U+1, V) tensor."""
-        frames, labels = batch.encoder_out.shape[1], batch.text.shape[1]
-        shape = (len(batch.text), frames, labels + 1, self.vocab_size)
-        self._report_size("joint network output B x T x (U+1) x V =", shape, 4)
+        """-log P(text | speech) (B,)."""
         self.decoder.set_device(batch.encoder_out.device)
         history = torch.nn.functional.pad(batch.text, (1, 0), value=self.blank_id)
-        logits = self.joint_network(
-            batch.encoder_out.unsqueeze(2), self.decoder(history).unsqueeze(1)
-        )
-        nll = torchaudio.functional.rnnt_loss(
-            logits.float(),
-            batch.text.int(),
-            batch.frame_lengths.int(),
-            batch.text_lengths.int(),
-            blank=self.blank_id,
-            reduction="none",
+        nll = joint_nll(
+            self.joint_network,
+            batch.encoder_out,
+            self.decoder(history),
+            batch.text,
+            batch.frame_lengths,
+            batch.text_lengths,
+            self.blank_id,
         )
         return nll, {}
 
     def nbest_scores(self, batch: Lattice, nbest: NBest) -> SequenceScores:
-        """See the base class; builds the (B, T, U+1, V) tensor of one sequence at a time."""
+        """See the base class."""
         return rnnt_scores(self, batch, nbest)
 
 

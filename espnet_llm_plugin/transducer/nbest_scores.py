@@ -8,11 +8,10 @@ the factorized transducer, D encoder width, J joiner width.
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torchaudio
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
+from espnet_llm_plugin.transducer.joint import joint_nll
 from espnet_llm_plugin.transducer.lattice import lattice_nll
 from espnet_llm_plugin.transducer.loss import factorized_lattice
 from espnet_llm_plugin.transducer.predictors import as_history
@@ -161,32 +160,25 @@ def sequence_blank_logits(
 
 
 def rnnt_scores(model: torch.nn.Module, batch: "Lattice", nbest: NBest) -> SequenceScores:
-    """Scores of an RNN-T with ESPnet's decoder and joint network.
-
-    The joint network's output (B, T, U+1, V) exists for one sequence of each utterance at a time,
-    in the backward pass too (activation checkpointing): memory is that of the plain loss.
-    """
+    """Scores of an RNN-T with ESPnet's decoder and joint network."""
     tokens, lengths = _with_transcript(batch, nbest)
     model.decoder.set_device(tokens.device)
     history = pad(tokens.flatten(0, 1), (1, 0), value=model.blank_id)
     decoder_out = model.decoder(history).unflatten(0, tokens.shape[:2])  # (B, S, U+1, Dd)
-
-    def nll(encoder_out: Tensor, decoder_out: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        logits = model.joint_network(encoder_out.unsqueeze(2), decoder_out.unsqueeze(1))
-        return torchaudio.functional.rnnt_loss(
-            logits.float(),
-            tokens.int().contiguous(),
-            batch.frame_lengths.int(),
-            lengths.int(),
-            blank=model.blank_id,
-            reduction="none",
-        )
-
     each = []
     for s in range(tokens.shape[1]):
         longest = int(lengths[:, s].max())
-        inputs = decoder_out[:, s, : longest + 1], tokens[:, s, :longest], lengths[:, s]
-        each.append(checkpoint(nll, batch.encoder_out, *inputs, use_reentrant=False))
+        each.append(
+            joint_nll(
+                model.joint_network,
+                batch.encoder_out,
+                decoder_out[:, s, : longest + 1],
+                tokens[:, s, :longest],
+                batch.frame_lengths,
+                lengths[:, s],
+                model.blank_id,
+            )
+        )
     both = torch.stack(each, dim=1)
     return SequenceScores(both[:, 0], -both[:, 1:], {})
 
