@@ -99,8 +99,7 @@ def extract(file: Path, archive: Path, columns: Columns) -> Extracted:
 
 
 def _add(row: dict, result: Extracted, stream: BinaryIO, columns: Columns, beside: Path) -> None:
-    # Ids are one word in a data directory.
-    key = "_".join(str(row[columns.key] or "").split())
+    key = word(row[columns.key])
     if not key:
         result.skip(NO_ID, "")
         return
@@ -113,12 +112,17 @@ def _add(row: dict, result: Extracted, stream: BinaryIO, columns: Columns, besid
     def value(name: Optional[str]) -> str:
         return "" if name is None or row[name] is None else str(row[name])
 
-    speaker = "_".join(value(columns.speaker).split())
+    speaker = word(value(columns.speaker))
     text = " ".join(value(columns.text).split())
     stream.write(f"{key} ".encode())
     offset = stream.tell()
     write_audio(stream, audio)
     result.rows.append(Row(key, offset, seconds, text, speaker, value(columns.sex)))
+
+
+def word(value: Optional[str]) -> str:
+    """An id as a data directory has it: one word."""
+    return "_".join(str(value or "").split())
 
 
 def write_audio(stream: BinaryIO, audio: bytes) -> None:
