@@ -76,6 +76,7 @@ setup(
             "espnet-llm-tune-scales=espnet_llm_plugin.bin.tune_scales:cli",
             "espnet-llm-results=espnet_llm_plugin.bin.results_table:cli",
             "espnet-llm-score=espnet_llm_plugin.bin.score:cli",
+            "espnet-llm-leaderboard=espnet_llm_plugin.bin.leaderboard:cli",
         ]
     },
     classifiers=[

@@ -7,6 +7,7 @@
 # shellcheck disable=SC2034,SC2154  # transducer_llama.sh has the options and functions
 
 aed_defaults() { # name of the corpus
+    [ "$1" != mls ] || die "--system aed has no configuration for MLS; give another --system"
     num_pieces=10000
     if [ "${mini}" = true ]; then
         : "${asr_config:=conf/$1/mini/train_aed.yaml}"

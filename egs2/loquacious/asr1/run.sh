@@ -42,6 +42,6 @@ else
 fi
 
 data "${data_options}"
-[ "${mini}" = false ] || [ -n "${llm}" ] ||
+[ "${mini}" = false ] || [ -n "${llm}" ] || [ "${system}" = aed ] ||
     small_llm "conf/loquacious/mini/${small_llama}.yaml" 300 "${lm_train_text}"
 system
