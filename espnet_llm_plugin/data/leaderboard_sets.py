@@ -37,8 +37,8 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """What a result depends on: names, sizes and times of the files."""
-        files = self.parquet or [self.path / "wav.scp", self.path / "text"]
-        stats = {str(file): file.stat() for file in files}
+        tables = [self.path / name for name in ("wav.scp", "segments", "text")]
+        stats = {str(file): file.stat() for file in self.parquet or tables if file.is_file()}
         return {name: [stat.st_size, stat.st_mtime] for name, stat in stats.items()}
 
 

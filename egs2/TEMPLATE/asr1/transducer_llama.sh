@@ -81,6 +81,7 @@ small_llm() { # configuration, number of pieces, text for them
     lm "$(tag_of "$1")" --lm_config "$1" "${pieces[@]}"
     llm=${expdir}/lm_$(tag_of "$1")/llm
     llm_tag=small
+    [ "${system}" != speech_llm ] || llm_tag=small_copy # another LLM than the transducers'
     [ "${units}" != native ] || [ ! -f "${llm}/config.json" ] || as_native
 }
 
