@@ -16,7 +16,7 @@ from typing import Any, Optional, Union
 import soundfile
 import yaml
 
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.errors import UserError, first_line
 
 PathLike = Union[str, Path]
 ROWS = 64  # read at a time: audio of some minutes
@@ -88,9 +88,11 @@ def download(repository: str, config: str, splits: Sequence[str], target: PathLi
             else:
                 raise UserError(f"{repository} has no split '{split}' of configuration '{config}'")
         hub.snapshot_download(repository, allow_patterns=wanted, **options)
-    except (OSError, hub.errors.HfHubHTTPError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the HTTP client, which is another one in each release
         raise UserError(
-            f"cannot download {repository}: {error}. Run the same command again to continue, or "
+            f"cannot download {repository}: {first_line(error)}. Run the same command again to continue, or "
             "fetch it by other means and give the local copy"
         ) from error
     return target

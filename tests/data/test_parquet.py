@@ -170,6 +170,10 @@ def test_without_pyarrow(monkeypatch):
         require_pyarrow()
 
 
+class NoNetwork(Exception):
+    """HTTP clients have errors of their own."""
+
+
 class Hub:
     """Instead of the network: a data set's files; notes what was asked for."""
 
@@ -183,7 +187,7 @@ class Hub:
     def list_repo_files(self, repository, repo_type):
         assert repo_type == "dataset"
         if self.files is None:
-            raise OSError("no route to host")
+            raise NoNetwork("no route to host")
         return list(self.files)
 
     def snapshot_download(self, repository, allow_patterns, local_dir, repo_type):
