@@ -92,8 +92,8 @@ def download(repository: str, config: str, splits: Sequence[str], target: PathLi
         raise
     except Exception as error:  # of the HTTP client, which is another one in each release
         raise UserError(
-            f"cannot download {repository}: {first_line(error)}. Run the same command again to continue, or "
-            "fetch it by other means and give the local copy"
+            f"cannot download {repository}: {first_line(error)}. Run the same command again to "
+            "continue, or fetch it by other means and give the local copy"
         ) from error
     return target
 
