@@ -90,6 +90,8 @@ asr() { # configuration, options
         --asr_args "${asr_args}" --inference_config "${inference_config}" --inference_tag decode "${@:2}"
 }
 
+# A further system, e.g. `combination` of a CTC model with an LLM, is a file like aed.sh that defines
+# <name>_defaults and <name>, and <name> in `defaults`.
 system() {
     case ${system} in
         transducer) transducer_llama ;;
