@@ -4,6 +4,7 @@ Layout of the output directory::
 
     <set>/{org,data,archives}     the test set as data directories (where it is decoded)
     <set>/decode                  of bin.asr_inference
+    <set>/decoded.json            what was decoded, so that another normaliser does not do it again
     <set>/scores.json             written last: a set that has it is finished
     leaderboard.{md,json,png}     all sets
 """
@@ -12,7 +13,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
@@ -38,6 +39,7 @@ from espnet_llm_plugin.scoring.normalizers import build_normalizer
 from espnet_llm_plugin.scoring.trn import read_keyed
 
 SCORES = "scores.json"
+DECODED = "decoded.json"
 RTF = "rtf.json"
 
 # From wav.scp and an output directory to the options of bin.asr_inference.
@@ -81,22 +83,37 @@ class Decoder:
         return {"fs": self.fs, **identity(args, files)}
 
     def __call__(
-        self, name: str, source: Source, keys: Container[str], directory: Path
+        self, name: str, source: Source, keys: Collection[str], directory: Path
     ) -> Hypotheses:
         """Decode into ``directory/decode``, going on where an earlier run stopped."""
-        from espnet_llm_plugin.inference import decode as module
-
+        text = directory / "decode" / "1best_recog" / "text"
+        made_from = {**self.identity(name, source), "source": source.identity()}
+        made_from = json.loads(json.dumps({**made_from, "keys": sorted(keys)}))
+        mark = directory / DECODED
+        if mark.is_file() and text.is_file():
+            known = json.loads(mark.read_text(encoding="utf-8"))
+            if known.pop("made_from") == made_from:
+                return Hypotheses(read_hypotheses(text), **known)
+        mark.unlink(missing_ok=True)
         data, audio_seconds = prepare_audio(source, keys, directory, fs=self.fs, nj=self.nj)
         args = self.options(data / "wav.scp", directory / "decode")
-        text = directory / "decode" / "1best_recog" / "text"
+        seconds = self._decode(args)
+        with atomic_write(mark) as stream:
+            known = {"audio_seconds": audio_seconds, "seconds": seconds}
+            json.dump({"made_from": made_from, **known}, stream)
+        return Hypotheses(read_hypotheses(text), **known)
+
+    def _decode(self, args: argparse.Namespace) -> float:
+        """Seconds that it took."""
+        from espnet_llm_plugin.inference import decode as module
+
         if args.search == "espnet":  # loads the model for every test set, which counts as its time
             start = time.perf_counter()
             module.decode_with_espnet(args)
-            return Hypotheses(read_hypotheses(text), audio_seconds, time.perf_counter() - start)
+            return time.perf_counter() - start
         if self._recognizer is None:
             self._recognizer = module.build_recognizer(args)
-        summary = module.decode(args, self._recognizer)
-        return Hypotheses(read_hypotheses(text), audio_seconds, _seconds(summary))
+        return _seconds(module.decode(args, self._recognizer))
 
 
 @dataclass
@@ -126,7 +143,7 @@ class Existing:
         return {str(self.find(name, source)): [stat.st_size, stat.st_mtime]}
 
     def __call__(
-        self, name: str, source: Source, keys: Container[str], directory: Path
+        self, name: str, source: Source, keys: Collection[str], directory: Path
     ) -> Hypotheses:
         """Read them, and the time they took where the decoding noted it."""
         file = self.find(name, source)

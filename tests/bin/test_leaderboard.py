@@ -146,6 +146,8 @@ def test_decoding(run, tmp_path, models, monkeypatch):
     assert sorted(table(tmp_path / "out/voxpopuli/data/wav.scp")) == ["v1", "v3"]
     # a second run has nothing to do, one with another option has
     assert run(*options) == board and len(loaded) == 1
+    other = run(*options, "--normalizer", "whisper_english")  # the same hypotheses
+    assert len(loaded) == 1 and other["sets"]["ami"]["rtfx"] == board["sets"]["ami"]["rtfx"]
     again = run(*options, "--beam_size", "1", "--sets", "tedlium", "ami")
     assert list(again["sets"]) == ["ami", "tedlium"] and len(loaded) == 2
 
