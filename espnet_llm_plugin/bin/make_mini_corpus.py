@@ -1,13 +1,14 @@
-"""Make a small synthetic corpus in the directory layout of LibriSpeech or MLS."""
+"""Make a small synthetic corpus in the layout of LibriSpeech, MLS or Loquacious."""
 
 from dataclasses import fields
 
 from espnet_llm_plugin.bin.data_options import add_jobs_option, new_parser
-from espnet_llm_plugin.data.corpora import mini_librispeech, mini_mls
+from espnet_llm_plugin.data.corpora import mini_librispeech, mini_loquacious, mini_mls
 from espnet_llm_plugin.errors import UserError, run_cli
 
 CORPORA = {
     "librispeech": (mini_librispeech.make_mini_librispeech, mini_librispeech.Sizes),
+    "loquacious": (mini_loquacious.make_mini_loquacious, mini_loquacious.Sizes),
     "mls": (mini_mls.make_mini_mls, mini_mls.Sizes),
 }
 

@@ -7,6 +7,7 @@ from typing import Optional, Sequence
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, Difference, positive_int
 from espnet_llm_plugin.scoring.evaluate import evaluate
+from espnet_llm_plugin.scoring.normalizers import NORMALIZERS
 from espnet_llm_plugin.scoring.report import HEADER, percentage_cells
 from espnet_llm_plugin.scoring.table import plain
 from espnet_llm_plugin.token_list import TOKEN_TYPES
@@ -65,6 +66,13 @@ def get_parser() -> argparse.ArgumentParser:
         "--allow_empty_ref",
         action="store_true",
         help="score utterances with an empty reference: all words are insertions",
+    )
+    parser.add_argument(
+        "--normalizer",
+        default="none",
+        choices=NORMALIZERS,
+        help="text normalisation of references and hypotheses (whisper_basic: not for Indic "
+        "scripts; whisper_english and leaderboard: English)",
     )
     parser.add_argument(
         "--resamples", type=positive_int, default=RESAMPLES, help="of the bootstrap"

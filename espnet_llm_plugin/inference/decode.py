@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import time
-from typing import Any, Iterator, Sequence, Union
+from typing import Any, Iterator, Optional, Sequence, Union
 
 import torch
 from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
@@ -60,14 +60,18 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     import_quietly("espnet2.bin.asr_inference").inference(**options)
 
 
-def decode(args: argparse.Namespace) -> dict[str, Any]:
+def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None) -> dict[str, Any]:
     """Decode with our search; returns the summary that ``rtf.json`` has.
+
+    Args:
+        args: Options.
+        recognizer: What :func:`build_recognizer` made of the same options for other data.
 
     Raises:
         UserError: Bad options, models or data; or not one utterance could be decoded.
     """
     refuse_unsupported(args)
-    recognizer = build_recognizer(args)
+    recognizer = recognizer or build_recognizer(args)
     asr = recognizer.asr
     refuse_unsupported(args, asr.is_ctc, is_speech_llm=asr.is_speech_llm)
     data = Utterances(

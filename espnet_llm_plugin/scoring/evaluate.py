@@ -18,6 +18,7 @@ from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring import bootstrap, diagnostics
 from espnet_llm_plugin.scoring.hallucination import Hallucination, hallucination
+from espnet_llm_plugin.scoring.normalizers import build_normalizer
 from espnet_llm_plugin.scoring.report import result_text
 from espnet_llm_plugin.scoring.trn import (
     name_some,
@@ -55,6 +56,7 @@ def evaluate(
     compare: tuple[str, ...] = (),
     case_sensitive: bool = False,
     allow_empty_ref: bool = False,
+    normalizer: str = "none",
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> Evaluation:
@@ -73,6 +75,7 @@ def evaluate(
         compare: Output directories of other systems on the same test set.
         case_sensitive: Tell capital letters from small ones.
         allow_empty_ref: Score utterances whose reference is empty: all words are insertions.
+        normalizer: Of references and hypotheses, see :mod:`.normalizers`.
         resamples, seed: Of the bootstrap.
 
     Raises:
@@ -109,7 +112,10 @@ def evaluate(
                 f"and cannot be recognised: {name_some(common)}"
             )
 
-    # 1. Tokenize.
+    # 1. Normalise and tokenize.
+    normalize = build_normalizer(normalizer)
+    references = {key: normalize(text) for key, text in references.items()}
+    hypotheses = {key: normalize(text) for key, text in hypotheses.items()}
     tokens = {}
     for unit, tokenize in tokenizers.items():
         refs = {key: tokenize(text) for key, text in references.items()}
@@ -137,6 +143,7 @@ def evaluate(
         "ref": str(ref),
         "hyp": str(hyp),
         "case_sensitive": case_sensitive,
+        "normalizer": normalizer,
         "missing": missing,
         "unknown_token_share": unknown_share,
         "resamples": resamples,

@@ -1,4 +1,4 @@
-"""The recipes of LibriSpeech and MLS as users run them: their data stages on tiny corpora."""
+"""The recipes of LibriSpeech, MLS and Loquacious as users run them: data stages on tiny corpora."""
 
 import os
 import shutil
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from espnet_llm_plugin.data.corpora import mini_librispeech, mini_mls
+from espnet_llm_plugin.data.corpora import mini_librispeech, mini_loquacious, mini_mls
 from espnet_llm_plugin.data.corpora.mini_librispeech import make_mini_librispeech
+from espnet_llm_plugin.data.corpora.mini_loquacious import make_mini_loquacious
 from espnet_llm_plugin.data.corpora.mini_mls import make_mini_mls
 from tests.data.conftest import table
 
@@ -87,6 +88,25 @@ def test_data_of_mls(recipes, tmp_path):
     assert len((recipe / "data/token_list/bpe_unigram80/tokens.txt").read_text().split()) == 80
 
 
+def test_data_of_loquacious(recipes, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra `recipes`) is not installed")
+    sizes = mini_loquacious.Sizes(train=40, dev=2, test=3, lm=20)
+    make_mini_loquacious(tmp_path / "corpus", sizes)
+    recipe = recipes / "loquacious" / "asr1"
+    arguments = ["--loquacious", tmp_path / "corpus", "--nbpe", "60", "--llm", "somewhere"]
+    arguments += ["--lm_text", tmp_path / "corpus" / mini_loquacious.LM_TEXT]
+    result = run(recipe, *arguments, *DATA_STAGES)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "train_small: 40 utterances, 0.04 hours; none skipped" in result.stdout
+    dump = recipe / "dump/raw"
+    sizes = {name: len(table(dump / name / "text")) for name in ("train_small", "dev", "test")}
+    assert sizes == {"train_small": 40, "dev": 2, "test": 3}
+    assert table(dump / "train_small/spk2gender")
+    assert all(path.endswith(".flac") for path in table(dump / "test/wav.scp").values())
+    assert len((recipe / "data/token_list/bpe_unigram60/tokens.txt").read_text().split()) == 60
+    assert len(table(recipe / "data/lm_train/text")) == 20
+
+
 def test_data_of_synthetic_librispeech(recipes):
     """`--mini true` up to the token lists of the recogniser and of the small LLM."""
     recipe = recipes / "librispeech" / "asr1"
@@ -120,6 +140,8 @@ def test_data_of_synthetic_mls(recipes):
         ("librispeech", ["--librispeech", "nowhere"], "nowhere is not a directory; expected"),
         ("librispeech", ["--librispeech", "."], "lacks train-clean-100, train-clean-360"),
         ("librispeech", ["--train_set", "train_5"], "has no set 'train_5'; expected some of"),
+        ("loquacious", ["--loquacious", "nowhere"], "nowhere is not a directory; expected a copy"),
+        ("loquacious", ["--loquacious", "."], "no Parquet files of configuration 'small'"),
     ],
 )
 def test_mistakes_end_in_one_message(recipes, corpus, arguments, message):
@@ -128,7 +150,7 @@ def test_mistakes_end_in_one_message(recipes, corpus, arguments, message):
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("corpus", ["librispeech", "mls"])
+@pytest.mark.parametrize("corpus", ["librispeech", "loquacious", "mls"])
 def test_help(recipes, corpus):
     result = run(recipes / corpus / "asr1", "--help")
     assert result.returncode == 0
@@ -255,7 +277,50 @@ def test_ctc_pieces_beside_the_llms_tokens(steps, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("corpus", "units"), [("mls", "native"), ("librispeech", "adapted")])
+def test_speech_llm_of_loquacious(steps):
+    arguments = ["--loquacious", "DIR", "--subset", "large"]
+    data, ctc, lm, alone, joint = steps("loquacious", *arguments, *SPEECH_LLM)
+    options = data["--local_data_opts"].split()
+    assert (
+        options[-8:-6] == ["--subset", "large"] and "--loquacious DIR" in data["--local_data_opts"]
+    )
+    assert all(call["--train_set"] == "train_large" for call in (data, ctc, lm, alone, joint))
+    assert all(call["--nbpe"] == "10000" for call in (data, ctc, lm, alone, joint))
+    assert ctc["--asr_config"] == "conf/loquacious/train_ctc.yaml"
+    assert alone["--asr_config"] == "conf/loquacious/train_qwen2_0.5b_spm10k.yaml"
+    assert alone["--inference_config"] == "conf/loquacious/decode_speech_llm.yaml"
+    assert lm["--lm_train_text"] == ""  # the transcripts
+    lm = steps("loquacious", *arguments, *SPEECH_LLM, "--lm_text", "TEXT")[2]
+    assert lm["--lm_train_text"] == "data/lm_train/text"
+
+
+@pytest.mark.parametrize(
+    ("corpus", "config"),
+    [
+        ("librispeech", "conf/ctc/train_aed_conformer.yaml"),
+        ("loquacious", "conf/loquacious/train_aed.yaml"),
+    ],
+)
+@pytest.mark.parametrize("mini", [True, False])
+def test_attention_decoder(steps, root, corpus, config, mini):
+    """One model, decoded jointly with CTC and alone, by ESPnet."""
+    arguments = ["--mini", "true"] if mini else [f"--{corpus}", "DIR"]
+    _, joint, alone = steps(corpus, *arguments, "--system", "aed")
+    config = f"conf/{corpus}/mini/train_aed.yaml" if mini else config
+    for call in (joint, alone):
+        assert call["--asr_config"] == config and (root / config).is_file()
+        assert call["--asr_tag"] == Path(config).stem
+        assert call["--inference_asr_model"] == "valid.acc.ave.pth"
+        assert call["--nbpe"] == ("200" if mini else "10000")
+    assert joint["--inference_config"] == "conf/librispeech/decode_aed_joint.yaml"
+    assert alone["--inference_config"] == "conf/librispeech/decode_aed.yaml"
+    assert alone["--skip_train"] == "true"
+    assert (joint["--inference_tag"], alone["--inference_tag"]) == ("decode_joint", "decode_alone")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "units"), [("mls", "native"), ("librispeech", "adapted"), ("loquacious", "adapted")]
+)
 def test_mini_speech_llm(steps, root, corpus, units):
     """The small LLM learns to copy; every configuration is there."""
     calls = steps(corpus, "--mini", "true", "--system", "speech_llm")
@@ -269,10 +334,15 @@ def test_mini_speech_llm(steps, root, corpus, units):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--system", "llm"], "--system is 'llm'; expected transducer or speech_llm"),
+        (["--system", "llm"], "--system is 'llm'; expected transducer, speech_llm or aed"),
         (["--system", "speech_llm", "--units", "bpe"], "--units is 'bpe'; expected native or"),
     ],
 )
-def test_mistakes_of_speech_llms(recipes, arguments, message):
+def test_mistakes_of_systems(recipes, arguments, message):
     result = run(recipes / "librispeech/asr1", *arguments)
     assert result.returncode == 2 and message in result.stderr
+
+
+def test_mls_has_no_attention_decoder(recipes):
+    result = run(recipes / "mls/asr1", "--mls", ".", "--system", "aed")
+    assert result.returncode == 2 and "has no configuration for MLS" in result.stderr

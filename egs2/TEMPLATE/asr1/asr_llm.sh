@@ -651,7 +651,10 @@ if runs 13; then
             --output_dir "${decode_dir}/${name}"
     done
     mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
-    if ! is_done "${decode_dir}/nll/.done" "${mark}"; then
+    if grep -q '^model: espnet$' "${asr_exp}/config.yaml" &&
+        ! grep -qE '^ +ctc_weight: 1(\.0+)?$' "${asr_exp}/config.yaml"; then
+        log "a model with a decoder of ESPnet: no likelihood of ${valid_set}"
+    elif ! is_done "${decode_dir}/nll/.done" "${mark}"; then
         # shellcheck disable=SC2086
         run_jobs --kind decode 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
             tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" \

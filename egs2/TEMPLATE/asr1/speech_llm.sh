@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech and MLS: speech LLMs
-# (arXiv 2307.11795, 2603.15045).
+# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech, MLS and Loquacious: speech
+# LLMs (arXiv 2307.11795, 2603.15045).
 #
 #   speech_llm_defaults CORPUS      what the user did not give, according to --mini
 #   speech_llm                      CTC model -> with `--units adapted` the LLM adapted to the pieces
@@ -20,6 +20,10 @@ speech_llm_defaults() { # name of the corpus
         num_pieces=1500
         : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
         : "${asr_config:=conf/speech_llm/train_llama7b_240ms.yaml}"
+    elif [ "$1" = loquacious ]; then
+        num_pieces=10000
+        : "${ctc_config:=conf/loquacious/train_ctc.yaml}"
+        : "${asr_config:=conf/loquacious/train_qwen2_0.5b_spm10k.yaml}"
     else
         num_pieces=10000
         : "${ctc_config:=conf/speech_llm/train_ctc_60ms.yaml}"

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464), and what
-# they share with those of speech LLMs (speech_llm.sh).
+# Sourced by run.sh of LibriSpeech, MLS and Loquacious: the steps of Transducer-Llama (arXiv 2412.16464),
+# and what they share with those of speech LLMs (speech_llm.sh) and of CTC + AED (aed.sh).
 #
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5
 #   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
-#   system               what --system names: transducer_llama or speech_llm
+#   system               what --system names: transducer_llama, speech_llm or aed
 #   transducer_llama     CTC model -> FT with a weak LM -> with --llm: the LLM adapted to the pieces,
 #                        fine-tuned and swapped in -> with --finetune_config: trained further so
 #
@@ -18,6 +18,8 @@ template=$(dirname "${BASH_SOURCE[0]}")
 . "${template}/options.sh"
 # shellcheck source-path=SCRIPTDIR
 . "${template}/speech_llm.sh"
+# shellcheck source-path=SCRIPTDIR
+. "${template}/aed.sh"
 common=() forwarded=()
 # shellcheck disable=SC2034  # small_llama and num_pieces are for run.sh
 system=transducer units="" small_llama=train_llama num_pieces=5000
@@ -40,7 +42,8 @@ defaults() { # name of the corpus
     case ${system} in
         transducer) ;;
         speech_llm) small_llama=train_copy_llama && speech_llm_defaults "$1" ;;
-        *) die "--system is '${system}'; expected transducer or speech_llm" ;;
+        aed) aed_defaults "$1" ;;
+        *) die "--system is '${system}'; expected transducer, speech_llm or aed" ;;
     esac
     if [ "${mini}" = true ]; then
         : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
@@ -78,6 +81,7 @@ small_llm() { # configuration, number of pieces, text for them
     lm "$(tag_of "$1")" --lm_config "$1" "${pieces[@]}"
     llm=${expdir}/lm_$(tag_of "$1")/llm
     llm_tag=small
+    [ "${system}" != speech_llm ] || llm_tag=small_copy # another LLM than the transducers'
     [ "${units}" != native ] || [ ! -f "${llm}/config.json" ] || as_native
 }
 
@@ -86,8 +90,13 @@ asr() { # configuration, options
         --asr_args "${asr_args}" --inference_config "${inference_config}" --inference_tag decode "${@:2}"
 }
 
+# A further system, e.g. `combination` of a CTC model with an LLM, is a file like aed.sh that defines
+# <name>_defaults and <name>, and <name> in `defaults`.
 system() {
-    if [ "${system}" = speech_llm ]; then speech_llm; else transducer_llama; fi
+    case ${system} in
+        transducer) transducer_llama ;;
+        *) "${system}" ;;
+    esac
 }
 
 transducer_llama() {

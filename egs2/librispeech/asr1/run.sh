@@ -12,6 +12,7 @@
 #                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
 #   --system speech_llm      a speech LLM in place of transducers: --asr_config of conf/speech_llm, over
 #   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
+#   --system aed             CTC + attention decoder, trained and decoded by ESPnet itself
 #   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
@@ -40,6 +41,6 @@ fi
 [ "${lm_text}" = none ] || lm_train_text=${datadir}/lm_train/text
 
 data "${data_options}"
-[ "${mini}" = false ] || [ -n "${llm}" ] ||
+[ "${mini}" = false ] || [ -n "${llm}" ] || [ "${system}" = aed ] ||
     small_llm "conf/librispeech/mini/${small_llama}.yaml" 300 "${lm_train_text}"
 system
