@@ -32,8 +32,8 @@ def get_parser():
     parser.add_argument(
         "--output_dir",
         default="data",
-        help="Where train/, dev/, test/ and balanced_text appear; the latter has as many "
-        "characters of every language, for the token list",
+        help="Where train/, dev/, test/ and balanced_text appear; the latter has (nearly) as many "
+        "characters of every language, and all that occur, for the token list",
     )
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -81,7 +81,9 @@ def main(cmd=None):
         print(f"warning: {describe_mismatches(prepared.mismatches)}", file=sys.stderr)
     train = prepared.data["train"]
     output = Path(args.output_dir) / "balanced_text"
-    characters = write_balanced_text(train.text, train.extra["utt2lang"], output)
+    characters = write_balanced_text(
+        train.text, train.extra["utt2lang"], output, cover_characters=True
+    )
     print(f"{output}: {characters.total()} characters of {len(characters)} languages")
 
 

@@ -1,7 +1,7 @@
 """Errors counted in grapheme clusters: a consonant with its vowel sign is one character, not two.
 
-The character error rate of :mod:`evaluate` counts code points, as ESPnet and sclite do: there a wrong
-vowel sign is one error, here the whole cluster is.
+The character error rate of :mod:`evaluate` counts code points, as ESPnet and sclite do: a wrong
+vowel sign is one character there, and part of a wrong cluster here.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech and MLS: speech LLMs
+# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech, MLS and Indic: speech LLMs
 # (arXiv 2307.11795, 2603.15045).
 #
 #   speech_llm_defaults CORPUS      what the user did not give, according to --mini
@@ -9,7 +9,7 @@
 
 speech_llm_defaults() { # name of the corpus
     local units_of_paper=native
-    [ "$1" = mls ] || units_of_paper=adapted
+    [ "$1" = mls ] || [ "$1" = indic ] || units_of_paper=adapted
     : "${units:=${units_of_paper}}"
     [ "${units}" = native ] || [ "${units}" = adapted ] ||
         die "--units is '${units}'; expected native or adapted"
@@ -20,6 +20,9 @@ speech_llm_defaults() { # name of the corpus
         num_pieces=1500
         : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
         : "${asr_config:=conf/speech_llm/train_llama7b_240ms.yaml}"
+    elif [ "$1" = indic ]; then
+        : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
+        : "${asr_config:=conf/speech_llm/train_bloom560m_240ms.yaml}"
     else
         num_pieces=10000
         : "${ctc_config:=conf/speech_llm/train_ctc_60ms.yaml}"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by run.sh of LibriSpeech and MLS: the steps of Transducer-Llama (arXiv 2412.16464), and what
-# they share with those of speech LLMs (speech_llm.sh).
+# Sourced by run.sh of LibriSpeech, MLS and Indic: the steps of Transducer-Llama (arXiv 2412.16464),
+# and what they share with those of speech LLMs (speech_llm.sh).
 #
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5
