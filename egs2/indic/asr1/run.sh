@@ -25,6 +25,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ../../TEMPLATE/asr1/transducer_llama.sh
 
+# shellcheck disable=SC2034  # the sets are used by name
 fleurs="" kathbath="" indicvoices="" shrutilipi="" text_opts="" speech_llm_config=""
 langs="hi bn ta te ml kn gu mr pa ur" balance=0.5 stop_stage=13
 read_options "${shared_options} fleurs kathbath indicvoices shrutilipi text_opts speech_llm_config
