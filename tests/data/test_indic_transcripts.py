@@ -64,9 +64,7 @@ def test_mixed_scripts_can_be_dropped(data):
 
 def test_nothing_left_of_all(data):
     empty = replace(data, text=dict.fromkeys(TEXT, "!"))
-    with pytest.raises(
-        UserError, match="nothing is left of data/train: nothing left .* hi 5, ur 1"
-    ):
+    with pytest.raises(UserError, match="nothing is left of data/train: nothing left .*hi 5, ur 1"):
         normalize_transcripts(empty)
 
 
