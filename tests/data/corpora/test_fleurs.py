@@ -90,10 +90,8 @@ def test_command(repository, tmp_path, capsys):
     assert f"{tmp_path}/data/train: 4 utterances (hi 1, ur 3)" in captured.out
     assert "nothing left of the transcript: 1 utterance(s) (hi 1)" in captured.err
     assert "Latin words: 1 utterance(s) (hi 1)" in captured.err
-    assert (
-        "3 utterance(s) are not as long as their table says: hi_7_1_trainhi1 (3200 samples, not 9000)"
-        in captured.err
-    )
+    assert "3 utterance(s) are not as long as their table says: hi_7_1_trainhi1 " in captured.err
+    assert "(3200 samples, not 9000)" in captured.err
     assert set(table(tmp_path / "data/balanced_text")) <= set(table(tmp_path / "data/train/text"))
     assert len(table(tmp_path / "data/dev/text")) == 6  # mixed scripts are dropped of train only
 
