@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Union
 
 from espnet_llm_plugin.data.indic_text import DEFAULTS, LANGUAGES, TextOptions, normalize
 from espnet_llm_plugin.data.kaldi import DataDir
@@ -42,29 +44,44 @@ def normalize_transcripts(
             f"mixed_scripts is '{mixed_scripts}'; expected one of {', '.join(MIXED_SCRIPTS)}"
         )
     utt2lang = data.extra.get("utt2lang", {})
-    without = sorted(data.text.keys() - utt2lang.keys())
-    if without:
-        raise UserError(
-            f"{data.path}: {len(without)} utterance(s) have no language in utt2lang, e.g. "
-            + ", ".join(without[:EXAMPLES])
-        )
-    unknown = Counter(utt2lang[key] for key in data.text if utt2lang[key] not in LANGUAGES)
-    if unknown:
-        raise UserError(
-            f"{data.path}/utt2lang has unknown language codes: "
-            + ", ".join(f"'{code}' ({count} utterances)" for code, count in unknown.most_common())
-            + f"; expected some of {', '.join(LANGUAGES)}"
-        )
-    found, text = [], {}
-    for key, original in data.text.items():
-        lang = utt2lang[key]
-        text[key] = normalize(original, lang, options)
-        found += _oddities(key, text[key], original, lang)
+    text = normalize_table(data.path, data.text, utt2lang, options)
+    found = [
+        problem
+        for key, original in data.text.items()
+        for problem in _oddities(key, text[key], original, utt2lang[key])
+    ]
     dropped = {p.key for p in found if p.kind == EMPTY or mixed_scripts == "drop"}
     kept = replace(data, text=text).restrict(text.keys() - dropped)
     if text and not kept.text:
         raise UserError(f"nothing is left of {data.path}: {describe(found, utt2lang)}")
     return kept, found
+
+
+def normalize_table(
+    source: Union[str, Path],
+    text: dict[str, str],
+    utt2lang: dict[str, str],
+    options: TextOptions = DEFAULTS,
+) -> dict[str, str]:
+    """``text`` (by utterance) in one spelling; ``source`` is for messages.
+
+    Raises:
+        UserError: Utterances without a language or with an unknown one.
+    """
+    without = sorted(text.keys() - utt2lang.keys())
+    if without:
+        raise UserError(
+            f"{source}: {len(without)} utterance(s) have no language in utt2lang, e.g. "
+            + ", ".join(without[:EXAMPLES])
+        )
+    unknown = Counter(utt2lang[key] for key in text if utt2lang[key] not in LANGUAGES)
+    if unknown:
+        raise UserError(
+            f"utt2lang of {source} has unknown language codes: "
+            + ", ".join(f"'{code}' ({count} utterances)" for code, count in unknown.most_common())
+            + f"; expected some of {', '.join(LANGUAGES)}"
+        )
+    return {key: normalize(line, utt2lang[key], options) for key, line in text.items()}
 
 
 def _oddities(key: str, text: str, original: str, lang: str) -> list[Problem]:
