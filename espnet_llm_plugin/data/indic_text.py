@@ -67,7 +67,8 @@ _URDU = {
     0x0629: 0x06C3,  # teh marbuta -> teh marbuta goal
     0x0640: None,  # tatweel
 }
-_GROUPED = re.compile(r"(?<=\d)[,\u066c](?=\d)")
+# Separators of 1,234,567 and 12,34,567, but not those of lists (2,3).
+_GROUPED = re.compile(r"(?<=\d)[,\u066c](?=(?:\d\d[,\u066c])*\d{3}(?!\d))")
 _DECIMAL = re.compile(r"(?<=\d)[.\u066b](?=\d)")
 _POINT, _APOSTROPHE = "\ue003", "\ue004"
 
