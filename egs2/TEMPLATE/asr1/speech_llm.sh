@@ -16,13 +16,13 @@ speech_llm_defaults() { # name of the corpus
     if [ "${mini}" = true ]; then
         : "${asr_config:=conf/$1/mini/train_speech_llm.yaml}"
         : "${tune_config:=conf/$1/mini/tune_speech_llm.yaml}"
+    elif [ "$1" = indic ]; then
+        : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
+        : "${asr_config:=conf/speech_llm/train_bloom560m_240ms.yaml}"
     elif [ "$1" = mls ]; then
         num_pieces=1500
         : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
         : "${asr_config:=conf/speech_llm/train_llama7b_240ms.yaml}"
-    elif [ "$1" = indic ]; then
-        : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
-        : "${asr_config:=conf/speech_llm/train_bloom560m_240ms.yaml}"
     else
         num_pieces=10000
         : "${ctc_config:=conf/speech_llm/train_ctc_60ms.yaml}"
