@@ -139,12 +139,12 @@ def test_data_of_synthetic_fleurs(recipes):
     """`--mini true` with two of the languages, up to the tokens of the small LLM."""
     pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
     recipe = recipes / "indic" / "asr1"
-    options = ["--langs", "ur ta", "--nbpe", "100", "--llm", "not/loaded"]
-    result = run(recipe, "--mini", "true", *options, *DATA_STAGES)
+    result = run(recipe, "--mini", "true", "--langs", "ur ta", *DATA_STAGES)
     assert result.returncode == 0, result.stdout + result.stderr
     languages = Counter(table(recipe / "dump/mini/raw/train/utt2lang").values())
     assert languages == {"ta": 60, "ur": 60}
-    assert (recipe / "data/mini/token_list/bpe_unigram100/tokens.txt").is_file()
+    for tokens in ("token_list/bpe_unigram100", "token_list_llm/bpe_unigram110"):
+        assert (recipe / "data/mini" / tokens / "tokens.txt").is_file()
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ read_options "${shared_options} fleurs kathbath indicvoices shrutilipi text_opts
 [ -z "${speech_llm_config}" ] || system=speech_llm asr_config=${speech_llm_config}
 defaults indic
 common=(--stop_stage "${stop_stage}" --bpe_train_text "${datadir}/balanced_text" --bpe_normalization nfkc)
+count=$(wc -w <<< "${langs}")
 if [ "${mini}" = true ]; then
-    common+=(--nbpe 500 --inference_nj 1)
+    common+=(--nbpe $((50 * count)) --inference_nj 1)
     data_options="--mini_dir ${datadir}/corpus"
 elif [ -n "${fleurs}" ]; then
     common+=(--nbpe "${num_pieces}")
@@ -48,7 +49,7 @@ for name in kathbath indicvoices shrutilipi; do data_options+="${!name:+ --${nam
 
 data "${data_options} ${text_opts} --langs ${langs}"
 [ "${mini}" = false ] || [ -n "${llm}" ] ||
-    small_llm "conf/indic/mini/${small_llama}.yaml" 550 "${dumpdir}/raw/train/text"
+    small_llm "conf/indic/mini/${small_llama}.yaml" $((55 * count)) "${dumpdir}/raw/train/text"
 system
 if [ "${stop_stage}" -ge 13 ]; then
     python3 -m espnet_llm_plugin.bin.score_languages "${expdir}"/asr_*/decode*/test --units wer cer ger \
