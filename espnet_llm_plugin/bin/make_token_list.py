@@ -5,6 +5,7 @@ from espnet2.utils.types import str_or_none
 from espnet_llm_plugin.bin.data_options import new_parser
 from espnet_llm_plugin.data.tokens import (
     BPE_MODES,
+    NORMALIZATIONS,
     make_bpe_list,
     make_character_list,
     write_tokens,
@@ -32,6 +33,12 @@ def get_parser():
     group.add_argument("--bpe_nlsyms", type=str_or_none, help="E.g. '<noise>,<laugh>'")
     group.add_argument(
         "--bpe_input_sentence_size", type=int, default=100_000_000, help="Most sentences to use"
+    )
+    group.add_argument(
+        "--bpe_normalization",
+        choices=NORMALIZATIONS,
+        default=NORMALIZATIONS[0],
+        help="SentencePiece's normalisation; the default splits words at zero-width non-joiners",
     )
     group = parser.add_argument_group("char, word")
     group.add_argument("--nlsyms_txt", type=str_or_none, help="File of undivided symbols (char)")
@@ -66,6 +73,7 @@ def main(cmd=None):
             character_coverage=args.bpe_char_cover,
             user_symbols=args.bpe_nlsyms.split(",") if args.bpe_nlsyms else (),
             input_sentence_size=args.bpe_input_sentence_size,
+            normalization=args.bpe_normalization,
         )
     else:
         tokens = make_character_list(

@@ -1,4 +1,8 @@
-"""Error rates by language of scored test sets, with their macro average."""
+"""Error rates by language of scored test sets, with their macro average, and scripts.
+
+Of languages whose script is known also letters of other scripts, and words that were recognised in
+another script.
+"""
 
 import argparse
 import json
@@ -8,7 +12,9 @@ from typing import Optional, Sequence
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, positive_int
+from espnet_llm_plugin.scoring.graphemes import GER
 from espnet_llm_plugin.scoring.languages import comparison, score_languages
+from espnet_llm_plugin.scoring.scripts import score_scripts, script_tables
 from espnet_llm_plugin.scoring.table import markdown, plain
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 
@@ -30,7 +36,11 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--utt2lang", required=True, help="table '<utterance> <language>'")
     parser.add_argument(
-        "--units", nargs="+", choices=(WER, CER, TER), default=[WER, CER], help="error rates"
+        "--units",
+        nargs="+",
+        choices=(WER, CER, TER, GER),
+        default=[WER, CER],
+        help="error rates: of words, characters (code points), tokens, grapheme clusters",
     )
     parser.add_argument("--output", help="Markdown file for the tables that are printed")
     parser.add_argument("--resamples", type=positive_int, default=RESAMPLES, help="bootstrap")
@@ -46,16 +56,22 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         unit: [score_languages(d, args.utt2lang, unit=unit, **options) for d in args.directories]
         for unit in args.units
     }
-    tables = {unit: comparison(rows) for unit, rows in scored.items()}
+    tables = [comparison(rows) for rows in scored.values()]
+    scripts = {d: score_scripts(d, args.utt2lang) for d in args.directories}
+    if None not in scripts.values():
+        tables += script_tables(scripts)
     for index, directory in enumerate(args.directories):
         with atomic_write(Path(directory) / NAME) as stream:
             by_unit = {unit: rows[index].as_dict() for unit, rows in scored.items()}
+            if scripts[directory] is not None:
+                found = scripts[directory].items()
+                by_unit["scripts"] = {lang: score.as_dict() for lang, score in found}
             json.dump(by_unit, stream, indent=1, ensure_ascii=False)
             stream.write("\n")
     if args.output:
         with atomic_write(args.output) as stream:
-            stream.write("\n".join(markdown(*table) for table in tables.values()))
-    print("\n".join(plain(*table) for table in tables.values()), end="")
+            stream.write("\n".join(markdown(*table) for table in tables))
+    print("\n".join(plain(*table) for table in tables), end="")
 
 
 def cli() -> None:

@@ -18,6 +18,9 @@ from espnet_llm_plugin.token_list import BLANK, SOS_EOS, UNK
 PathLike = Union[str, Path]
 
 BPE_MODES = ("unigram", "bpe")
+# SentencePiece's default, which ESPnet uses, turns the zero-width (non-)joiners of Indic words into
+# spaces; the other two keep them.
+NORMALIZATIONS = ("nmt_nfkc", "nfkc", "identity")
 SENTENCEPIECE_SYMBOLS = 3  # <unk>, <s>, </s> come first in every model trained here
 
 
@@ -109,6 +112,7 @@ def make_bpe_list(
     character_coverage: float = 1.0,
     user_symbols: Sequence[str] = (),
     input_sentence_size: int = 100_000_000,
+    normalization: str = "nmt_nfkc",
 ) -> list[str]:
     """Train a SentencePiece model: ``bpe.model``, ``bpe.vocab``, ``train.txt``, ``tokens.txt``.
 
@@ -121,6 +125,7 @@ def make_bpe_list(
         character_coverage: Share of the characters that must be in the vocabulary.
         user_symbols: Pieces that are never taken apart.
         input_sentence_size: Most sentences to train on.
+        normalization: What SentencePiece does to text first, one of :data:`NORMALIZATIONS`.
 
     Raises:
         UserError: ``nbpe`` is too large (the largest possible is named) or too small.
@@ -129,6 +134,10 @@ def make_bpe_list(
 
     if bpemode not in BPE_MODES:
         raise UserError(f"bpemode '{bpemode}' is not one of {', '.join(BPE_MODES)}")
+    if normalization not in NORMALIZATIONS:
+        raise UserError(
+            f"normalization '{normalization}' is not one of {', '.join(NORMALIZATIONS)}"
+        )
     output_dir = Path(output_dir)
     with (
         writing(output_dir),
@@ -153,6 +162,7 @@ def make_bpe_list(
                     character_coverage=character_coverage,
                     input_sentence_size=input_sentence_size,
                     user_defined_symbols=list(user_symbols),
+                    normalization_rule_name=normalization,
                     minloglevel=2,
                 )
         except RuntimeError as error:

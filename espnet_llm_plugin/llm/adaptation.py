@@ -168,6 +168,17 @@ def _as_text(report: dict[str, Any]) -> list[str]:
         f"pieces that found nothing: {len(report['not_found'])}"
         + "".join(f" {piece}" for piece in report["not_found"]),
     ]
+    if report["pieces_in_bytes"]:
+        lines.append(
+            "pieces that the LLM writes in bytes, at least in part: "
+            f"{report['pieces_in_bytes']} of {report['text_tokens']}"
+        )
+    if report["alike"] and report["oov_init"].endswith("mean"):
+        shown = " ".join(report["alike"][:10]) + (" ..." if len(report["alike"]) > 10 else "")
+        lines.append(
+            f"warning: {len(report['alike'])} pieces have the row of another, since their "
+            f"sub-tokens differ in order only: {shown}. Fine-tune the LLM, or give another oov_init"
+        )
     if report["exact_match_share_lower_case"] > report["exact_match_share"] + 0.1:
         lines.append(
             "warning: in lower case "

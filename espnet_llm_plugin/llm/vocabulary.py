@@ -6,6 +6,10 @@ An ASR token whose text is a token of the LLM takes that token's rows; any other
 another ``oov_init``) of the rows of the sub-tokens into which the LLM's tokenizer splits its text.
 This holds for the input table and, if it is not tied to it, for the output table and its bias.
 
+Scripts that the LLM has no tokens for are written in its byte tokens (``<0xE0> <0xA4> <0x95>``; in
+GPT-2's style likewise): their rows are means over these bytes, which say little. The report counts
+such pieces, and names those whose means are equal.
+
 Three rows are not text:
 
 * ``<blank>`` (0): zeros. An LLM has no use for it, and most output layers have no bias that could
@@ -72,6 +76,7 @@ class SubwordVocabulary:
 
             self.style = "byte_level"
             self._byte_letters = bytes_to_unicode()
+            self._letter_bytes = {letter: byte for byte, letter in self._byte_letters.items()}
         elif _META in steps or "Metaspace" in steps:
             self.style = "sentencepiece"
         else:
@@ -106,6 +111,19 @@ class SubwordVocabulary:
         ids = [token.id for token in self._model.tokenize(surface)]
         return [i for i in ids if i not in self._special]
 
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a part of a character's UTF-8, of no meaning by itself."""
+        token = self._model.id_to_token(token_id)
+        if self.style != "byte_level":
+            return bool(_BYTE.match(token))
+        if not all(letter in self._letter_bytes for letter in token):  # added tokens
+            return False
+        try:
+            bytes(self._letter_bytes[letter] for letter in token).decode("utf-8")
+        except UnicodeDecodeError:
+            return True
+        return False
+
     def weight(self, token_id: int) -> int:
         """How much text a sub-token stands for: its characters (byte-level: bytes)."""
         token = self._model.id_to_token(token_id)
@@ -121,11 +139,13 @@ class Mapping:
         sources: Per ASR token the LLM ids (V lists); empty for special tokens and where nothing
             was found.
         exact: Per ASR token whether its single source is its exact match.
+        in_bytes: Per ASR token whether bytes that are no characters are among its sources.
     """
 
     tokens: list[str]
     sources: list[list[int]]
     exact: list[bool]
+    in_bytes: list[bool]
 
     @property
     def text_ids(self) -> list[int]:
@@ -136,6 +156,19 @@ class Mapping:
     def not_found(self) -> list[str]:
         """Text tokens for which the LLM has nothing at all."""
         return [self.tokens[i] for i in self.text_ids if not self.sources[i]]
+
+    @property
+    def alike(self) -> list[str]:
+        """Text tokens that are no exact match and have the sub-tokens of another in another order.
+
+        A mean cannot tell them apart. Bytes do it across scripts: Telugu ma is ``E0 B0 AE``, Tamil
+        ra ``E0 AE B0``.
+        """
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for i in self.text_ids:
+            if self.sources[i] and not self.exact[i]:
+                groups.setdefault(tuple(sorted(self.sources[i])), []).append(self.tokens[i])
+        return [token for group in groups.values() if len(group) > 1 for token in group]
 
     def statistics(self) -> dict[str, Any]:
         """The figures of the report (JSON)."""
@@ -148,6 +181,8 @@ class Mapping:
             "exact_match_share": sum(self.exact) / len(ids),
             "mean_subtokens_per_piece": sum(counts) / max(1, len(counts)),
             "mean_subtokens_per_unmatched_piece": sum(split) / max(1, len(split)),
+            "pieces_in_bytes": sum(self.in_bytes[i] for i in ids),
+            "alike": self.alike,
             "not_found": self.not_found,
         }
 
@@ -192,7 +227,8 @@ def map_tokens(
         is_exact = exact_match and found is not None
         sources.append([found] if is_exact else parts)
         exact.append(is_exact)
-    return Mapping(list(tokens), sources, exact)
+    in_bytes = [any(map(vocabulary.is_byte, source)) for source in sources]
+    return Mapping(list(tokens), sources, exact, in_bytes)
 
 
 def special_rows(tokenizer: Any, config: Any) -> tuple[int, int, Optional[int]]:

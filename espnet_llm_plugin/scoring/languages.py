@@ -15,6 +15,7 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, error_rate_interval
 from espnet_llm_plugin.scoring.evaluate import read_counts
+from espnet_llm_plugin.scoring.graphemes import GER, count_graphemes
 from espnet_llm_plugin.scoring.trn import name_some
 from espnet_llm_plugin.scoring.units import WER
 
@@ -42,7 +43,7 @@ class LanguageScores:
     """Error rates of one system on one test set."""
 
     directory: str
-    unit: str  # wer, cer or ter
+    unit: str  # wer, cer, ter or ger
     languages: dict[str, LanguageScore]
 
     @property
@@ -81,14 +82,14 @@ def score_languages(
     Args:
         directory: Scored decoding directory of a test set.
         utt2lang: Table ``<utterance> <language>``; may have more utterances.
-        unit: ``wer``, ``cer`` or ``ter``.
+        unit: ``wer``, ``cer`` (code points), ``ter`` or ``ger`` (grapheme clusters).
         resamples, seed: Of the bootstrap, within each language.
 
     Raises:
         UserError: The directory is not scored, an utterance has no language, or a language's
             references have no word.
     """
-    counted = read_counts(directory, unit)
+    counted = count_graphemes(directory) if unit == GER else read_counts(directory, unit)
     table = read_clean_table(utt2lang)
     missing = [key for key in counted.words if key not in table]
     if missing:

@@ -14,6 +14,7 @@
     cpu_time: true                          # optional: the CPU's seconds instead of the clock's, in
                                             # "cpu_rtf" and "cpu_seconds" instead of "rtf" and
                                             # "seconds" below: for figures of a busy machine
+    utt2lang: {test: dump/test/utt2lang}    # optional: tables by language of these data sets
     systems:
       - name: RNN-T
         test: exp/asr_rnnt/decode/test      # scored directory, or {data set: directory, ...}
@@ -63,6 +64,7 @@ SCALES = ("alpha", "beta", "ctc_weight", "textlm_weight", "label_bonus", "penalt
 SCALES += ("ilm_weight", "length_norm")
 
 _TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
+_TOP_KEYS |= {"utt2lang"}
 _SYSTEM_KEYS = {"name", "group", "command", "test", "dev", "scales", "dev_nll", "perplexity"}
 _SYSTEM_KEYS |= {"rtf", "time", "train_log"}
 _SEED = "{seed}"
@@ -119,6 +121,7 @@ class Results:
     baselines: list[str]
     command: Optional[str]
     notes: Optional[str]
+    utt2lang: dict[str, str] = field(default_factory=dict)  # by test set
 
     def groups(self) -> dict[Optional[str], list[System]]:
         """Systems by their groups, in order of appearance."""
@@ -183,9 +186,15 @@ def load_results(path: Union[str, Path]) -> Results:
         baselines=baselines,
         command=config.get("command"),
         notes=config.get("notes"),
+        utt2lang=config.get("utt2lang") or {},
     )
     if not results.tests():
         raise UserError(f"{path}: not one of its systems has been scored yet")
+    if not isinstance(results.utt2lang, dict) or results.utt2lang.keys() - set(results.tests()):
+        raise UserError(
+            f"{path}: utt2lang is {results.utt2lang!r}; expected a mapping from some of the data "
+            f"sets {', '.join(results.tests())} to files"
+        )
     _check_references(results)
     return results
 

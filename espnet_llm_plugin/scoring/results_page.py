@@ -14,6 +14,7 @@ from espnet_llm_plugin import __version__
 from espnet_llm_plugin.scoring.diagnose import PAGE as DIAGNOSIS
 from espnet_llm_plugin.scoring.report import percentage_cells
 from espnet_llm_plugin.scoring.results import DataSet, Results, load_data_set
+from espnet_llm_plugin.scoring.results_languages import language_tables
 from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 
@@ -88,10 +89,11 @@ class Summary:
 
 
 def summarize(results: Results, resamples: int, seed: int) -> Summary:
-    """For each group the comparison of its systems, and paired ones with each baseline."""
+    """For each group the comparison of its systems, also by language, and with each baseline."""
     tables = []
     for group in results.groups():
         tables.append(("" if group is None else f"### {group}", *comparison(results, group)))
+        tables += language_tables(results, group)
         for test in results.tests():
             for baseline in results.baselines:
                 header, rows = paired(results, test, baseline, group, resamples, seed)

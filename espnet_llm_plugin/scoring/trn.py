@@ -70,6 +70,34 @@ def write_trn(
             stream.write(f"{' '.join(words)}\t({speakers[utterance]}-{utterance})\n")
 
 
+def read_scored_words(directory: Union[str, Path]) -> dict[str, tuple[list[str], list[str]]]:
+    """``{utterance: (reference, hypothesis)}`` in words, of a scored decoding directory.
+
+    Raises:
+        UserError: The directory is not scored, or its files do not belong together.
+    """
+    source = Path(directory) / "score_wer"
+    tables = []
+    for name in ("utterances.tsv", "ref.trn", "hyp.trn"):
+        if not (source / name).is_file():
+            raise UserError(
+                f"{source / name}: no such file; score {directory} first "
+                "(espnet_llm_plugin.bin.score)"
+            )
+        tables.append((source / name).read_text(encoding="utf-8").split("\n")[:-1])
+    rows, references, hypotheses = tables[0][1:], tables[1], tables[2]
+    if not len(rows) == len(references) == len(hypotheses):
+        raise UserError(f"{source}: its files differ in utterances; score {directory} again")
+
+    def words(line: str) -> list[str]:
+        return line.rpartition("\t")[0].split()
+
+    return {
+        row.split("\t")[0]: (words(ref), words(hyp))
+        for row, ref, hyp in zip(rows, references, hypotheses)
+    }
+
+
 def sclite_markup(tokens: Mapping[str, Sequence[str]]) -> list[str]:
     """Find tokens that sclite would take for markup; here they are ordinary tokens.
 

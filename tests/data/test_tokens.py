@@ -110,6 +110,18 @@ def test_bpe_options(text, tmp_path):
     assert vocabularies[0] != vocabularies[1]  # other scores, if not other pieces
 
 
+TELUGU = "ఇన్\u200cస్టా చూడు"  # the joiner keeps two letters apart, within one word
+
+
+@pytest.mark.parametrize("normalization", ["nmt_nfkc", "nfkc", "identity"])
+def test_normalization_decides_on_joiners(text, tmp_path, normalization):
+    text.write_text(text.read_text() + f"x {TELUGU}\n" * 3)
+    make_bpe_list([text], tmp_path / "a", nbpe=60, normalization=normalization)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a/bpe.model"))
+    back = processor.decode(processor.encode(TELUGU))
+    assert back == (TELUGU.replace("\u200c", " ") if normalization == "nmt_nfkc" else TELUGU)
+
+
 def test_several_texts(text, tmp_path):
     other = tmp_path / "other"
     other.write_text("x \u017c\u00f3\u0142w\n")
@@ -154,6 +166,8 @@ def test_wrong_input(text, tmp_path):
         make_character_list([text], tmp_path / "out", nlsyms=tmp_path / "nlsyms")
     with pytest.raises(UserError, match="not one of bpe, char, word"):
         make_character_list([text], tmp_path / "out", token_type="phn")
+    with pytest.raises(UserError, match="normalization 'nfc' is not one of nmt_nfkc, nfkc"):
+        make_bpe_list([text], tmp_path / "out", nbpe=45, normalization="nfc")
     with pytest.raises(UserError, match="not one of unigram, bpe"):
         make_bpe_list([text], tmp_path / "out", nbpe=45, bpemode="char")
     with pytest.raises(UserError, match="no room"):

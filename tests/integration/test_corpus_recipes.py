@@ -1,4 +1,4 @@
-"""The recipes of LibriSpeech, MLS and Loquacious as users run them: data stages on tiny corpora."""
+"""The recipes of all corpora as users run them: data stages on tiny corpora."""
 
 import os
 import shutil
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from espnet_llm_plugin.data.corpora import mini_librispeech, mini_loquacious, mini_mls
+from espnet_llm_plugin.data.corpora import mini_fleurs, mini_librispeech, mini_loquacious, mini_mls
+from espnet_llm_plugin.data.corpora.mini_fleurs import make_mini_fleurs
 from espnet_llm_plugin.data.corpora.mini_librispeech import make_mini_librispeech
 from espnet_llm_plugin.data.corpora.mini_loquacious import make_mini_loquacious
 from espnet_llm_plugin.data.corpora.mini_mls import make_mini_mls
+from espnet_llm_plugin.data.indic_text import LANGUAGES as INDIC
 from tests.data.conftest import table
 
 pytestmark = pytest.mark.integration
@@ -107,6 +109,31 @@ def test_data_of_loquacious(recipes, tmp_path):
     assert len(table(recipe / "data/lm_train/text")) == 20
 
 
+def test_data_of_fleurs(recipes, tmp_path):
+    """All ten languages: every character of the transcripts has a piece, and comes back."""
+    pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
+    import sentencepiece
+
+    make_mini_fleurs(tmp_path / "corpus", mini_fleurs.Sizes(train=24, dev=1, test=2))
+    recipe = recipes / "indic" / "asr1"
+    arguments = ["--fleurs", tmp_path / "corpus", "--nbpe", "400", "--text_opts", "--digits native"]
+    result = run(recipe, *arguments, *DATA_STAGES)
+    assert result.returncode == 0, result.stdout + result.stderr
+    dump = recipe / "dump/raw"
+    assert {name: len(table(dump / name / "utt2lang")) for name in ("train", "dev", "test")} == {
+        "train": 4 * 24 + 4 * 12 + 2 * 8,
+        "dev": 10,
+        "test": 20,
+    }
+    assert list(table(dump / "train/category2utt")) == sorted(INDIC)
+    pieces = recipe / "data/token_list/bpe_unigram400"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "bpe.model"))
+    assert len((pieces / "tokens.txt").read_text("utf-8").split("\n")) == 401
+    for text in table(dump / "train/text").values():
+        ids = processor.encode(text)
+        assert processor.unk_id() not in ids and processor.decode(ids) == text
+
+
 def test_data_of_synthetic_librispeech(recipes):
     """`--mini true` up to the token lists of the recogniser and of the small LLM."""
     recipe = recipes / "librispeech" / "asr1"
@@ -128,9 +155,26 @@ def test_data_of_synthetic_mls(recipes):
     assert (recipe / "data/mini/token_list/bpe_unigram100/tokens.txt").is_file()
 
 
+def test_data_of_synthetic_fleurs(recipes):
+    """`--mini true` with two of the languages, up to the tokens of the small LLM."""
+    pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
+    recipe = recipes / "indic" / "asr1"
+    result = run(recipe, "--mini", "true", "--langs", "ur ta", *DATA_STAGES)
+    assert result.returncode == 0, result.stdout + result.stderr
+    languages = Counter(table(recipe / "dump/mini/raw/train/utt2lang").values())
+    assert languages == {"ta": 60, "ur": 60}
+    for tokens in ("token_list/bpe_unigram100", "token_list_llm/bpe_unigram110"):
+        assert (recipe / "data/mini" / tokens / "tokens.txt").is_file()
+
+
 @pytest.mark.parametrize(
     ("corpus", "arguments", "message"),
     [
+        ("indic", [], "--fleurs is missing"),
+        ("indic", ["--fleurs", "nowhere"], "nowhere is not a directory; expected one with hi_in"),
+        ("indic", ["--fleurs", ".", "--langs", "hi en"], "unknown language code 'en'; expected"),
+        ("indic", ["--fleurs", ".", "--langs", "hi"], ". has no FLEURS of 'hi' (hi_in)"),
+        ("indic", ["--fleurs", ".", "--text_opts", "--digits x"], "invalid choice: 'x'"),
         ("mls", [], "--mls is missing"),
         ("mls", ["--mls", "nowhere"], "nowhere is not a directory; expected one with mls_german"),
         ("mls", ["--mls", ".", "--langs", "en ru"], "the languages are 'en ru'; expected"),
@@ -150,11 +194,12 @@ def test_mistakes_end_in_one_message(recipes, corpus, arguments, message):
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("corpus", ["librispeech", "loquacious", "mls"])
+@pytest.mark.parametrize("corpus", ["indic", "librispeech", "loquacious", "mls"])
 def test_help(recipes, corpus):
     result = run(recipes / corpus / "asr1", "--help")
     assert result.returncode == 0
-    for word in ("--mini true", f"--{corpus} DIR", "--finetune_config", "stage 11", "--ngpu"):
+    data = {"indic": "fleurs"}.get(corpus, corpus)
+    for word in ("--mini true", f"--{data} DIR", "--finetune_config", "stage 11", "--ngpu"):
         assert word in result.stdout
     assert len((recipes / corpus / "asr1" / "run.sh").read_text().splitlines()) < 60
 
@@ -222,6 +267,32 @@ def test_mls_balances_languages(steps, balance):
         assert call["--asr_args"].startswith("--max_epoch 1")
         balanced = "--batch_type catpow --upsampling_factor 0.3" in call["--asr_args"]
         assert balanced == (balance == "0.3")
+
+
+def test_indic_has_the_steps_of_mls(steps):
+    """CTC, factorized transducer, LLM and swap, on balanced languages and pieces with joiners."""
+    more = ["--kathbath", "K", "--shrutilipi", "S", "--text_opts", "--joiners keep"]
+    data, ctc, weak, lm, swap = steps("indic", "--fleurs", "DIR", "--llm", "org/LLM", *more)
+    options = data["--local_data_opts"]
+    assert "--fleurs DIR --kathbath K --shrutilipi S --joiners keep --langs hi bn ta" in options
+    for call in (data, ctc, weak, lm, swap):
+        assert call["--bpe_normalization"] == "nfkc" and call["--nbpe"] == "5000"
+        assert call["--bpe_train_text"] == "data/balanced_text"
+    assert "--upsampling_factor 0.5" in ctc["--asr_args"]
+    assert weak["--ctc_init"] == f"exp/asr_{ctc['--asr_tag']}"
+    assert swap["--swap_llm"] == "exp/lm_LLM/llm"
+
+
+def test_indic_speech_llm_with_a_given_configuration(steps):
+    """BLOOM, which knows all ten languages, unless another configuration is named."""
+    arguments = ["indic", "--fleurs", "DIR", "--llm", "org/LLM"]
+    *_, tokens, alone = steps(*arguments, "--system", "speech_llm")
+    assert alone["--asr_config"] == "conf/speech_llm/train_bloom560m_240ms.yaml"
+    assert (tokens["--token_type"], tokens["--llm"]) == ("hugging_face", "org/LLM")
+    assert alone["--inference_config"] == "conf/indic/decode_speech_llm.yaml"
+    other = "conf/speech_llm/train_qwen2_0.5b_lora.yaml"
+    *_, alone = steps(*arguments, "--speech_llm_config", other)
+    assert alone["--asr_config"] == other and alone["--asr_tag"] == "train_qwen2_0.5b_lora_LLM"
 
 
 SPEECH_LLM = ["--system", "speech_llm", "--llm", "org/LLM", "--ngpu", "2"]
@@ -319,7 +390,13 @@ def test_attention_decoder(steps, root, corpus, config, mini):
 
 
 @pytest.mark.parametrize(
-    ("corpus", "units"), [("mls", "native"), ("librispeech", "adapted"), ("loquacious", "adapted")]
+    ("corpus", "units"),
+    [
+        ("indic", "native"),
+        ("mls", "native"),
+        ("librispeech", "adapted"),
+        ("loquacious", "adapted"),
+    ],
 )
 def test_mini_speech_llm(steps, root, corpus, units):
     """The small LLM learns to copy; every configuration is there."""

@@ -110,7 +110,7 @@ def test_two_stages(build, place, root):
     assert one == two
 
 
-@pytest.mark.parametrize("corpus", ["librispeech", "mls"])
+@pytest.mark.parametrize("corpus", ["indic", "librispeech", "mls"])
 def test_mini(build, place, root, corpus):
     options = ["--decoder_conf", f"llm={place / 'llm'}"]
     conf = yaml.safe_load((root / f"conf/{corpus}/mini/train_speech_llm.yaml").read_text())
@@ -128,6 +128,7 @@ def test_mini(build, place, root, corpus):
     [
         *("stories/train_copy_llama", "stories/finetune_copy_llama"),
         *("mls/mini/train_copy_llama", "librispeech/mini/train_copy_llama"),
+        "indic/mini/train_copy_llama",
     ],
 )
 def test_copying_llms(build, place, root, name):

@@ -54,6 +54,7 @@ bpemode=unigram           # unigram or bpe
 bpe_char_cover=1.0        # Character coverage of the bpe token list
 bpe_nlsyms=               # Symbols that are pieces by themselves, separated by commas
 bpe_input_sentence_size=100000000  # Most sentences to train the pieces on
+bpe_normalization=nmt_nfkc  # Normalisation of the pieces: nmt_nfkc (ESPnet's), nfkc, identity
 bpe_train_text=           # Text to train the pieces on (default: the training transcripts)
 nlsyms_txt=none           # File of symbols that are one token (char)
 cleaner=none              # ESPnet's text cleaner
@@ -369,7 +370,8 @@ if runs 5; then
         mark=$(checksum "${llm}" "$(llm_mark "${llm}")")
     else
         mark=$(checksum "${text}" "${token_type}" "${nbpe}" "${bpemode}" "${bpe_char_cover}" \
-            "${bpe_nlsyms}" "${bpe_input_sentence_size}" "${nlsyms_txt}" "${cleaner}")
+            "${bpe_nlsyms}" "${bpe_input_sentence_size}" "${bpe_normalization}" "${nlsyms_txt}" \
+            "${cleaner}")
     fi
     if is_done "${token_dir}/.done" "${mark}"; then
         log "already done"
@@ -380,6 +382,7 @@ if runs 5; then
         tool make_token_list --token_type "${token_type}" --nbpe "${nbpe}" \
             --bpemode "${bpemode}" --bpe_char_cover "${bpe_char_cover}" \
             --bpe_nlsyms "${bpe_nlsyms}" --bpe_input_sentence_size "${bpe_input_sentence_size}" \
+            --bpe_normalization "${bpe_normalization}" \
             --nlsyms_txt "${nlsyms_txt}" --cleaner "${cleaner}" \
             --text "${text}" --output_dir "${token_dir}"
         mark_done "${token_dir}/.done" "${mark}"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech, MLS and Loquacious: speech
-# LLMs (arXiv 2307.11795, 2603.15045).
+# Sourced by transducer_llama.sh, for `--system speech_llm` of LibriSpeech, MLS, Indic and Loquacious:
+# speech LLMs (arXiv 2307.11795, 2603.15045).
 #
 #   speech_llm_defaults CORPUS      what the user did not give, according to --mini
 #   speech_llm                      CTC model -> with `--units adapted` the LLM adapted to the pieces
@@ -9,13 +9,16 @@
 
 speech_llm_defaults() { # name of the corpus
     local units_of_paper=native
-    [ "$1" = mls ] || units_of_paper=adapted
+    [ "$1" = mls ] || [ "$1" = indic ] || units_of_paper=adapted
     : "${units:=${units_of_paper}}"
     [ "${units}" = native ] || [ "${units}" = adapted ] ||
         die "--units is '${units}'; expected native or adapted"
     if [ "${mini}" = true ]; then
         : "${asr_config:=conf/$1/mini/train_speech_llm.yaml}"
         : "${tune_config:=conf/$1/mini/tune_speech_llm.yaml}"
+    elif [ "$1" = indic ]; then
+        : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"
+        : "${asr_config:=conf/speech_llm/train_bloom560m_240ms.yaml}"
     elif [ "$1" = mls ]; then
         num_pieces=1500
         : "${ctc_config:=conf/speech_llm/train_ctc_80ms.yaml}"

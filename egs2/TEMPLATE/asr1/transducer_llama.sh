@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by run.sh of LibriSpeech, MLS and Loquacious: the steps of Transducer-Llama (arXiv 2412.16464),
-# and what they share with those of speech LLMs (speech_llm.sh) and of CTC + AED (aed.sh).
+# Sourced by run.sh of LibriSpeech, MLS, Indic and Loquacious: the steps of Transducer-Llama (arXiv
+# 2412.16464), and what they share with those of speech LLMs (speech_llm.sh) and of CTC + AED (aed.sh).
 #
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5

@@ -41,6 +41,7 @@ def write_balanced_text(
     output: Union[str, Path],
     *,
     seed: int = 0,
+    cover_characters: bool = False,
 ) -> Counter:
     """Write sentences in which every language has (nearly) as many characters.
 
@@ -53,6 +54,8 @@ def write_balanced_text(
         utt2lang: Language by utterance.
         output: File of ``<utterance> <sentence>`` lines.
         seed: Of the choice.
+        cover_characters: Add sentences until every character of ``text`` occurs: with thousands of
+            characters in all scripts, a sample lacks the rare ones, and they would have no piece.
 
     Returns:
         Characters by language.
@@ -72,9 +75,14 @@ def write_balanced_text(
     with writing(output), atomic_write(output) as stream:
         for language, keys in languages.items():
             random.Random(f"{seed} {language}").shuffle(keys)
+            covered: set[str] = set()
             for key in keys:
                 if written[language] >= smallest:
-                    break
+                    if not cover_characters:
+                        break
+                    if covered.issuperset(text[key]):
+                        continue
+                covered.update(text[key])
                 written[language] += len(text[key])
                 stream.write(f"{key} {text[key]}\n")
     return written

@@ -65,7 +65,14 @@ def to_data_dir(
     return DataDir(path, wav, utt2spk, text, extra=extra)
 
 
-def check_pairs(source: Path, transcripts: dict[str, str], audio: set[str], more: Problems) -> None:
+def check_pairs(
+    source: Path,
+    transcripts: dict[str, str],
+    audio: set[str],
+    more: Problems,
+    *,
+    allow_empty: bool = False,
+) -> None:
     """Every audio file must have a transcript that is not empty, and the reverse.
 
     Args:
@@ -73,6 +80,7 @@ def check_pairs(source: Path, transcripts: dict[str, str], audio: set[str], more
         transcripts: Transcripts by utterance id.
         audio: Utterance ids of the audio files.
         more: Faults found so far; all are reported together.
+        allow_empty: Empty transcripts are the caller's business.
 
     Raises:
         UserError: There are faults, or there is no utterance at all.
@@ -82,8 +90,9 @@ def check_pairs(source: Path, transcripts: dict[str, str], audio: set[str], more
         more.add(kaldi.NO_TEXT, utterance)
     for utterance in sorted(transcripts.keys() - audio - known):
         more.add(kaldi.NO_AUDIO, utterance)
-    for utterance in sorted(key for key, text in transcripts.items() if not text.strip()):
-        more.add(kaldi.EMPTY_TEXT, utterance)
+    if not allow_empty:
+        for utterance in sorted(key for key, text in transcripts.items() if not text.strip()):
+            more.add(kaldi.EMPTY_TEXT, utterance)
     more.check("The corpus is not complete: unpack its archives again, or mend these files.")
     if not transcripts:
         raise UserError(f"{source} has neither transcripts nor audio: unpack its archive again")

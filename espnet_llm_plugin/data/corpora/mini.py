@@ -1,4 +1,4 @@
-"""Small synthetic corpora in the directory layouts of true ones: what LibriSpeech and MLS share.
+"""Small synthetic corpora in the directory layouts of true ones: what all of them share.
 
 espeak-ng speaks the sentences; each corpus module plans files and writes its own tables. The
 preparation of the true corpus then reads all of it without knowing.
@@ -103,11 +103,13 @@ def _speak(files: Sequence[Spoken], root: Path, first: int) -> dict[str, float]:
         path = root / spoken.path
         path.parent.mkdir(parents=True, exist_ok=True)
         contents = io.BytesIO()  # soundfile's own writing does not notice a full disk
-        kind = ("OGG", "OPUS") if path.suffix == ".opus" else ("FLAC", "PCM_16")
         # No compression: half the time, and these files are few.
-        soundfile.write(
-            contents, wave, SAMPLE_RATE, format=kind[0], subtype=kind[1], compression_level=0.0
-        )
+        kind = {
+            ".opus": {"format": "OGG", "subtype": "OPUS", "compression_level": 0.0},
+            ".flac": {"format": "FLAC", "subtype": "PCM_16", "compression_level": 0.0},
+            ".wav": {"format": "WAV", "subtype": "PCM_16"},
+        }[path.suffix]
+        soundfile.write(contents, wave, SAMPLE_RATE, **kind)
         path.write_bytes(contents.getbuffer())
         durations[spoken.path] = len(wave) / SAMPLE_RATE
     return durations

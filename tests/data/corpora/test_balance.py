@@ -37,3 +37,18 @@ def test_errors(tmp_path):
         write_balanced_text({"a": "b", "c": ""}, {"a": "en", "c": "xx"}, tmp_path / "text")
     with pytest.raises(UserError, match="among none"):
         write_balanced_text({}, {}, tmp_path / "text")
+
+
+def test_every_character_can_be_asked_for(tmp_path):
+    rare = {f"en_q{i}": f"{char} rare" for i, char in enumerate("äöüßéèñ")}
+    text, languages = {**TEXT, **rare}, {**LANGUAGES, **dict.fromkeys(rare, "en")}
+    plain = write_balanced_text(text, languages, tmp_path / "plain")
+    counts = write_balanced_text(text, languages, tmp_path / "all", cover_characters=True)
+    assert set("".join(table(tmp_path / "all").values())) >= set("äöüßéèñ")
+    assert not set("".join(table(tmp_path / "plain").values())) >= set("äöüßéèñ")
+    assert table(tmp_path / "plain").items() <= table(tmp_path / "all").items()
+    assert counts["pl"] == plain["pl"] and counts["en"] > plain["en"]
+    # Each sentence more brings a character that was missing.
+    added = set(table(tmp_path / "all")) - set(table(tmp_path / "plain"))
+    english = "".join(t for k, t in table(tmp_path / "plain").items() if k[:2] == "en")
+    assert 7 <= len(added) <= len(set("".join(text.values())) - set(english))

@@ -1,7 +1,8 @@
-"""Synthetic corpora in the layouts of LibriSpeech and MLS."""
+"""Synthetic corpora in the layouts of FLEURS, LibriSpeech and MLS."""
 
 import json
 import re
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -9,11 +10,17 @@ import pytest
 import soundfile
 
 from espnet_llm_plugin.bin import make_mini_corpus as command
-from espnet_llm_plugin.data.corpora import mini_librispeech, mini_mls
+from espnet_llm_plugin.data.corpora import mini_fleurs, mini_librispeech, mini_mls
+from espnet_llm_plugin.data.corpora.fleurs import NAMES
+from espnet_llm_plugin.data.corpora.indic import prepare_indic
 from espnet_llm_plugin.data.corpora.librispeech import SETS, prepare_librispeech, prepare_lm_text
+from espnet_llm_plugin.data.corpora.mini_fleurs import make_mini_fleurs
 from espnet_llm_plugin.data.corpora.mini_librispeech import make_mini_librispeech
 from espnet_llm_plugin.data.corpora.mini_mls import make_mini_mls, sentences
 from espnet_llm_plugin.data.corpora.mls import LANGUAGES, prepare_mls
+from espnet_llm_plugin.data.indic_text import LANGUAGES as INDIC
+from espnet_llm_plugin.data.indic_text import normalize
+from espnet_llm_plugin.data.scripts import SCRIPT_OF_LANGUAGE, word_script
 from espnet_llm_plugin.errors import UserError
 from tests.data.conftest import table
 
@@ -21,6 +28,7 @@ pytest.importorskip("espeakng_loader", reason="espeakng-loader (extra `demo`) is
 
 LIBRISPEECH = mini_librispeech.Sizes(train=12, dev=2, test=3, lm=30)
 MLS = mini_mls.Sizes(train=4, dev=1, test=2)
+FLEURS = mini_fleurs.Sizes(train=4, dev=1, test=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,75 @@ def test_every_language_has_its_own_voice(tmp_path, monkeypatch):
     sets = {(s.path.split("/")[0], s.path.split("/")[1], s.speaker) for s in planned}
     voices = Counter((top, voice) for top, _, voice in sets)
     assert max(voices.values()) == 1  # no voice in two splits
+
+
+@pytest.fixture(scope="module")
+def fleurs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mini") / "fleurs"
+    assert make_mini_fleurs(root, FLEURS, nj=2)
+    return root
+
+
+@pytest.mark.parametrize("text_field", ["transcription", "raw_transcription"])
+def test_fleurs_is_prepared_as_the_true_corpus(fleurs, tmp_path, text_field):
+    pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
+    written = prepare_indic(fleurs, tmp_path, INDIC, text_field=text_field)
+    assert not written.mismatches and not any(written.odd.values())
+    counts = {s: Counter(data.extra["utt2lang"].values()) for s, data in written.data.items()}
+    assert counts["train"] == dict(zip(INDIC, (4, 4, 4, 4, 2, 2, 2, 2, 2, 2)))
+    assert counts["dev"] == dict.fromkeys(INDIC, 1) and counts["test"] == dict.fromkeys(INDIC, 2)
+    seen = Counter(text for data in written.data.values() for text in data.text.values())
+    assert max(seen.values()) == 1
+    for data in written.data.values():
+        for key, text in data.text.items():
+            assert text in map(lambda s: normalize(s, key[:2]), mini_fleurs.sentences(key[:2]))
+
+
+def test_fleurs_is_read_by_lhotse(fleurs, tmp_path):
+    """With its tables where lhotse's own downloader puts them."""
+    from lhotse.recipes.fleurs import prepare_single_fleurs_language
+
+    for split in ("train", "dev", "test"):
+        (tmp_path / "metadata/ta_in").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"metadata/ta_in/{split}.tsv").symlink_to(fleurs / f"ta_in/{split}.tsv")
+    (tmp_path / "ta_in").symlink_to(fleurs / "ta_in/audio")
+    manifests = prepare_single_fleurs_language(tmp_path / "ta_in", tmp_path / "out", "ta_in")
+    assert {split: len(m["recordings"]) for split, m in manifests.items()} == {
+        "train": 4,
+        "dev": 1,
+        "test": 2,
+    }
+
+
+def test_every_indic_language_has_its_own_voice(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(mini_fleurs, "build", lambda root, files, *_: planned.extend(files))
+    make_mini_fleurs(tmp_path / "never", FLEURS)
+    assert {s.path.split("/")[0]: s.speaker.accent for s in planned} == {
+        name: lang for lang, name in NAMES.items()
+    }
+    sets = {(s.path.split("/")[0], s.path.split("/")[2], s.speaker) for s in planned}
+    assert max(Counter((top, voice) for top, _, voice in sets).values()) == 1
+    assert len({s.path for s in planned}) == len(planned)
+
+
+def test_voices_differ(fleurs):
+    """espeak-ng has a voice of its own for each: one sentence of Devanagari, two languages."""
+    from espnet_llm_plugin.data.synthetic.speech import Synthesizer
+
+    synthesizer = Synthesizer()
+    phonemes = {lang: synthesizer.phonemes("ज्ञान चार", lang) for lang in ("hi", "mr")}
+    assert phonemes["hi"] != phonemes["mr"]
+
+
+@pytest.mark.parametrize("lang", INDIC)
+def test_indic_templates(lang):
+    pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
+    every = mini_fleurs.sentences(lang)
+    assert len(every) == len(set(every)) == 900
+    words = {word for sentence in every for word in sentence.split()}
+    assert {word_script(word) for word in words} == {SCRIPT_OF_LANGUAGE[lang]}
+    assert all(normalize(word, lang) == unicodedata.normalize("NFC", word) for word in words)
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
