@@ -4,6 +4,7 @@ B utterances, T frames, U labels, N rows, E width of the frames, D predictor wid
 C = labels and blank.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -56,6 +57,16 @@ class DenseJoint(AbsJoint):
         self.frame_linear = torch.nn.Linear(width, joint_dim)
         self.history_linear = torch.nn.Linear(predictor_dim, joint_dim, bias=False)
         self.output = torch.nn.Linear(joint_dim, num_labels)
+        self.espnet_initialization_fn()
+
+    def espnet_initialization_fn(self) -> None:
+        """As much blank as labels, or a fresh head spends its first epochs on learning blank.
+
+        ESPnet calls this after the initialisation chosen by ``init:``.
+        """
+        torch.nn.init.zeros_(self.output.bias)
+        with torch.no_grad():
+            self.output.bias[0] = math.log(len(self.output.bias) - 1)
 
     def nll(self, frames, frame_lengths, history, labels, counts):
         return dense_rnnt_loss(
