@@ -13,7 +13,7 @@ __all__ = ["noise", "task"]  # fixtures
 
 pytestmark = pytest.mark.integration
 
-# Nothing random. Every parameter must have its gradient, prefix CTC included.
+# Nothing random. Every parameter must have its gradient, auxiliary heads included.
 CONF = """
 encoder_conf: {output_size: 16, attention_heads: 2, linear_units: 24, num_blocks: 1,
   input_layer: conv2d, dropout_rate: 0.0, positional_dropout_rate: 0.0,
@@ -46,6 +46,10 @@ def losses(out, part):
     return [float(stats[epoch][part]["loss"]) for epoch in (1, 2)]
 
 
+def statistics(out, part):
+    return torch.load(out / "checkpoint.pth", weights_only=False)["reporter"]["stats"][2][part]
+
+
 def test_two_processes_learn_what_one_learns(data, task, tmp_path, monkeypatch):
     kept = "".join(line + "\n" for line in COMMON.splitlines() if not line.startswith("optim"))
     monkeypatch.setattr("tests.integration.test_speech_llm_training.COMMON", kept)
@@ -67,3 +71,8 @@ def test_two_processes_learn_what_one_learns(data, task, tmp_path, monkeypatch):
         assert any(key.startswith(part) for key in moved), part
     for part in ("train", "valid"):
         assert losses(two, part) == pytest.approx(losses(one, part), rel=1e-3)
+    for out in (one, two):
+        found = statistics(out, "valid")
+        for name in ("wer_llm", "wer_ctc", "wer_llm_prefix_rnnt", "llm_prefix_rnnt_per_label"):
+            assert np.isfinite(found[name])
+        assert "wer_llm" not in statistics(out, "train")
