@@ -122,6 +122,20 @@ def test_outputs_in_half_precision(vocabulary):
     assert head.greedy(hs.bfloat16(), data[0]) == head.greedy(hs.bfloat16().float(), data[0])
 
 
+@every_head
+def test_mixed_precision(vocabulary, options):
+    head = make(vocabulary, **options)
+    hs, *data = batch()
+    expected = head.loss(hs, *data).nll
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.loss(hs, *data)
+        labels = head.greedy(hs, data[0])
+    torch.testing.assert_close(found.nll, expected, rtol=0.05, atol=0.1)
+    found.nll.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+    assert len(labels) == 3
+
+
 @pytest.mark.parametrize("predictor", HISTORIES)
 def test_history_step_by_step_is_teacher_forced(predictor):
     torch.manual_seed(0)
