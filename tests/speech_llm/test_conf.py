@@ -12,7 +12,7 @@ from espnet_llm_plugin import registry
 from tests.speech_llm.tiny_llm import save_adapted, save_native
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-FILES = [*CONF.glob("speech_llm/*.yaml"), *CONF.glob("prefix_tuning/*.yaml")]
+FILES = [*CONF.glob("speech_llm/*.yaml"), *CONF.glob("prefix_tuning/train_*.yaml")]
 PROMPT = ["transcribe", "speech", "to", "text"]
 WORDS = ["<blank>", "<unk>", *PROMPT, *(f"w{i}" for i in range(9993)), "<sos/eos>"]
 # Width of the LLM that a configuration names: all that the size of the other parts depends on.
