@@ -1,7 +1,9 @@
 """What our ESPnet ASR models have in common: arguments, weights, skips, whole checkpoints."""
 
 import logging
-from typing import Any, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,6 +29,24 @@ TASK_ARGUMENTS = (
 # by the sum of the weights over all processes: zero would make them NaN if no process had a usable
 # utterance, and one would pull the means of an epoch (and the choice of the best) towards zero.
 NO_WEIGHT = 1e-20
+
+
+_TRAINS: ContextVar[bool] = ContextVar("_TRAINS", default=True)
+
+
+@contextmanager
+def without_training_parts() -> Iterator[None]:
+    """Models that are built here lack what training alone needs, and the files it is made from."""
+    token = _TRAINS.set(False)
+    try:
+        yield
+    finally:
+        _TRAINS.reset(token)
+
+
+def builds_training_parts() -> bool:
+    """Whether a model is to have what training alone needs."""
+    return _TRAINS.get()
 
 
 def zero_loss(model: torch.nn.Module) -> torch.Tensor:

@@ -63,7 +63,7 @@ ENTRIES = (
         "model",
         "speech_llm",
         "espnet_llm_plugin.speech_llm.model:SpeechLLMModel",
-        "encoder, adapter and LLM, trained on the text with auxiliary CTC",
+        "encoder, adapter and LLM, trained on the text and auxiliary CTC or RNN-T losses",
     ),
     Entry(
         "decoder",

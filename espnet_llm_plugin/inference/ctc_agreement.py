@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from espnet_llm_plugin.scoring.audio_use import CONTRADICTION, CTCAgreement
-from espnet_llm_plugin.speech_llm.auxiliary import VocabularyCTC
+from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
 from espnet_llm_plugin.speech_llm.units import LabelUnits
 
 

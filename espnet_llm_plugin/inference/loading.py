@@ -11,6 +11,7 @@ import yaml
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.model_parts import without_training_parts
 
 PathLike = Union[str, Path]
 
@@ -208,7 +209,8 @@ def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device:
     model_file = require_file(model_file, model_option, "the checkpoint, a .pth file")
     read_train_config(config)
     try:
-        return task.build_model_from_file(str(config), str(model_file), device)
+        with without_training_parts():
+            return task.build_model_from_file(str(config), str(model_file), device)
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:

@@ -15,8 +15,8 @@ from espnet_llm_plugin.errors import UserError, UtteranceError
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.inference.recognizer import Recognition, Samples, encode
 from espnet_llm_plugin.inference.speech_llm_options import SpeechLLMOptions
-from espnet_llm_plugin.speech_llm.auxiliary import TokenVocabulary
 from espnet_llm_plugin.speech_llm.guards import length_limits
+from espnet_llm_plugin.speech_llm.heads.vocabulary import TokenVocabulary
 from espnet_llm_plugin.speech_llm.hypothesis import (
     CTC,
     DECODER,

@@ -19,6 +19,7 @@ from espnet_llm_plugin.llm.directory import (
 )
 from espnet_llm_plugin.llm.lora import merge_lora
 from espnet_llm_plugin.llm.tuning import TunedLLM
+from espnet_llm_plugin.model_parts import without_training_parts
 
 # Largest difference of logits, relative to the largest logit, that rounding explains.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -54,7 +55,8 @@ def export_tuned_llm(
         if not Path(file).is_file():
             raise UserError(f"{what} {file} does not exist.")
     try:
-        model, _ = ASRTask.build_model_from_file(asr_train_config, asr_model_file, "cpu")
+        with without_training_parts():
+            model, _ = ASRTask.build_model_from_file(asr_train_config, asr_model_file, "cpu")
     except UserError:
         raise
     except Exception as error:

@@ -22,8 +22,8 @@ from espnet_llm_plugin.scoring.evaluate import compare_counts, read_counts
 from espnet_llm_plugin.scoring.scored_set import read_json, read_scored
 from espnet_llm_plugin.scoring.signatures import Evidence, Finding
 from espnet_llm_plugin.scoring.speech_plots import speech_panels
-from espnet_llm_plugin.scoring.speech_signatures import SpeechEvidence
-from espnet_llm_plugin.scoring.training_log import read_epochs
+from espnet_llm_plugin.scoring.speech_signatures import SpeechEvidence, greedy_rates
+from espnet_llm_plugin.scoring.training_log import last_statistics, read_epochs
 
 PAGE, PLOTS, NUMBERS = "diagnosis.md", "diagnosis.png", "diagnosis.json"
 
@@ -104,6 +104,7 @@ def diagnose(
             alone=None if alone is None else read_scored(alone),
             joint=paired(alone, scored[0]),
             wider=paired(scored[0], wider),
+            greedy={} if train_log is None else greedy_rates(last_statistics(train_log)),
         )
         found = speech_signatures.findings(evidence)
         sections = diagnosis_page.speech_sections(sets, evidence, audio_use, output_dir)

@@ -1,15 +1,17 @@
 """Which failure signatures of a speech LLM an experiment shows.
 
 The signatures are those of arXiv 2603.15045 (the LLM ignores the audio, oscillations and inserted
-text, joint decoding that hides what the LLM alone does, wide beams with length normalisation) and
-of arXiv 2307.11795 (embeddings that are not aligned, a stride that is too large). What takes a
+text, joint decoding that hides what the LLM alone does, wide beams with length normalisation), of
+arXiv 2307.11795 (embeddings that are not aligned, a stride that is too large) and of arXiv
+2406.14701 (a transducer on the prefix recognises what the LLM does not). What takes a
 series of experiments (rank, share of masked tokens, auxiliary losses) is not among them: compare
 their rows in a results table. The thresholds are constants below, this package's: where they come
 from its own experiments is said there, the others are set where a healthy system is far away.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+import math
+from dataclasses import dataclass, field
+from typing import Mapping, Optional
 
 from espnet_llm_plugin.scoring import hallucination as signs
 from espnet_llm_plugin.scoring.audio_use import CONTRADICTION, AudioUse
@@ -43,6 +45,7 @@ MIN_UTTERANCES = 100  # of which 1 % is one
 MAX_ODD_LENGTHS = 0.05
 MIN_HIDDEN = 1.2  # WER of the LLM alone over that of joint decoding
 MAX_BEAM_LOSS = 0.2  # per cent absolute, by a wider beam
+MIN_UNREAD = 1.5  # WER of the LLM, greedy and alone, over that of the best head on its prefix
 MIN_ORDER = 0.2  # rank correlation in the own audio, less that in another's
 MAX_CROWDED = 0.05  # share of utterances with more tokens than audio embeddings
 
@@ -57,6 +60,8 @@ class SpeechEvidence(Evidence):
         alone: The same set decoded by the LLM alone.
         joint: WER of the LLM alone, and of this decoding (paired, the LLM alone first).
         wider: WER of this decoding, and with a wider beam (paired, this one first).
+        greedy: WER by name (``llm`` and auxiliary losses), decoded greedily in the validation after
+            the last epoch.
     """
 
     hallucination: Optional[Hallucination] = None
@@ -64,12 +69,22 @@ class SpeechEvidence(Evidence):
     alone: Optional[ScoredSet] = None
     joint: Optional[Difference] = None
     wider: Optional[Difference] = None
+    greedy: Mapping[str, float] = field(default_factory=dict)
+
+
+def greedy_rates(statistics: Mapping[str, float]) -> dict[str, float]:
+    """What ``SpeechEvidence.greedy`` has, of the statistics of a validation."""
+    return {
+        name.removeprefix("wer_"): value
+        for name, value in statistics.items()
+        if name.startswith("wer_") and math.isfinite(value)
+    }
 
 
 def findings(evidence: SpeechEvidence) -> list[Finding]:
     """A finding for every signature."""
     rules = (ignores_audio, contradicts_ctc, loops, few_utterances, odd_lengths, lost_ends)
-    rules += (hidden_errors, wide_beam, not_aligned, large_stride)
+    rules += (hidden_errors, wide_beam, unread_prefix, not_aligned, large_stride)
     return [*(rule(evidence) for rule in rules), overfits(evidence, "overfitting"), grid(evidence)]
 
 
@@ -216,6 +231,36 @@ def wide_beam(e: SpeechEvidence) -> Finding:
         return finding(name, None, "A wider beam was not tried.", rule)
     statement = f"WER {e.wider.first:.2f}, {e.wider.second:.2f} with the wider beam."
     return finding(name, -e.wider.difference > MAX_BEAM_LOSS, statement, rule)
+
+
+def unread_prefix(e: SpeechEvidence) -> Finding:
+    """An auxiliary loss can read the text off the prefix, the LLM cannot."""
+    rule = (
+        f"greedy WER of the LLM alone is {MIN_UNREAD:g} times that of the best auxiliary loss or "
+        f"more, in the validation during training (that being at most {MAX_CTC_WER:g})"
+    )
+    name = "prefix good, LLM not"
+    rates = dict(e.greedy)
+    llm = rates.pop("llm", None)
+    if llm is None or not rates:
+        return finding(
+            name,
+            None,
+            "No auxiliary loss was decoded beside the LLM in training (report_wer_utts).",
+            rule,
+        )
+    # what listens to the encoder says nothing of the prefix: for want of others only
+    on_prefix = {n: rate for n, rate in rates.items() if n != "ctc" and not n.startswith("encoder")}
+    best, rate = min((on_prefix or rates).items(), key=lambda item: item[1])
+    shows = rate <= MAX_CTC_WER and llm >= MIN_UNREAD * rate
+    statement = f"Greedy WER {llm:.1f} by the LLM, {rate:.1f} by {best}."
+    if shows and on_prefix:
+        statement += " The prefix has the text; the LLM (its size, tuning, prompt) cannot read it."
+    elif shows:
+        statement += " The encoder has the text; adapter or LLM lose it."
+    elif rate > MAX_CTC_WER and llm > MAX_CTC_WER:
+        statement += " Neither reads the prefix: look at encoder and adapter."
+    return finding(name, shows, statement, rule)
 
 
 def not_aligned(e: SpeechEvidence) -> Finding:

@@ -16,7 +16,7 @@ from espnet_llm_plugin.errors import UserError, UtteranceError
 from espnet_llm_plugin.llm.embedding_scale import text_embedding_scale
 from espnet_llm_plugin.llm.tuning import TunedLLM
 from espnet_llm_plugin.options import refuse_unknown
-from espnet_llm_plugin.speech_llm.auxiliary import VocabularyCTC
+from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
 from espnet_llm_plugin.speech_llm.interface import build_interface
 from espnet_llm_plugin.speech_llm.prompt import PromptRecord, make_prompt
 from espnet_llm_plugin.speech_llm.units import label_units
@@ -200,16 +200,17 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
     @torch.no_grad()
     def start(self, hs_pad: Tensor, hlens: Tensor) -> Any:
         """State of a batch of utterances before the text, for :meth:`step`; see ``forward``."""
-        return self._start(self.adapt(hs_pad, hlens))
+        return self.start_after(self.adapt(hs_pad, hlens))
 
     @torch.no_grad()
     def start_without_audio(self, batch_size: int, device: torch.device) -> Any:
         """As :meth:`start`, with the prompt but no audio: the LLM as a language model."""
         nothing = torch.zeros(batch_size, 0, self.llm.hidden_size, device=device)
         lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        return self._start(Audio(nothing, lengths))
+        return self.start_after(Audio(nothing, lengths))
 
-    def _start(self, audio: Audio) -> Any:
+    def start_after(self, audio: Audio) -> Any:
+        """As :meth:`start`, from the embeddings of the audio."""
         return self.interface.start(*audio, before=self.prompt.before, after=self.prompt.after)
 
     @torch.no_grad()
@@ -249,7 +250,7 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
                 "shorter segments (bin.asr_inference cuts long audio), or train with more frames "
                 "stacked (adapter_conf)"
             )
-        return Row(self._start(audio), 0, 0, left)
+        return Row(self.start_after(audio), 0, 0, left)
 
     def score(self, y: Tensor, state: Row, x: Tensor) -> tuple[Tensor, Row]:
         """Log-probs (V,) of the token after prefix y (U,), and its state."""

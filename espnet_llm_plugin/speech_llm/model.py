@@ -17,13 +17,17 @@ from espnet_llm_plugin.model_parts import (
     NO_WEIGHT,
     TASK_ARGUMENTS,
     SkipLog,
+    builds_training_parts,
     refuse_incomplete,
     zero_loss,
 )
 from espnet_llm_plugin.options import refuse_unknown
-from espnet_llm_plugin.speech_llm import auxiliary
-from espnet_llm_plugin.speech_llm.auxiliary import CTCLoss, CTCVocabulary, VocabularyCTC
 from espnet_llm_plugin.speech_llm.decoder import Audio, SpeechLLMDecoder
+from espnet_llm_plugin.speech_llm.heads.abs_head import LabelHead
+from espnet_llm_plugin.speech_llm.heads.auxiliary import AuxiliaryHeads, Tap, loss_stats, report
+from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
+from espnet_llm_plugin.speech_llm.heads.error_rates import GreedyErrorRates
+from espnet_llm_plugin.speech_llm.heads.vocabulary import LabelVocabulary, label_vocabulary
 from espnet_llm_plugin.speech_llm.masking import mask_text
 from espnet_llm_plugin.speech_llm.prefix import PrefixInterface
 from espnet_llm_plugin.speech_llm.text_loss import TextLoss, text_loss
@@ -52,10 +56,11 @@ class Batch(NamedTuple):
 
 
 class SpeechLLMModel(ESPnetASRModel):
-    """Encoder, adapter and LLM trained with the cross-entropy of the text and auxiliary CTC.
+    """Encoder, adapter and LLM trained with the cross-entropy of the text and auxiliary losses.
 
     [Prompting Large Language Models with Speech Recognition Abilities, arXiv 2307.11795; LLMs and
-    Speech: Integration vs. Combination, arXiv 2603.15045]
+    Speech: Integration vs. Combination, arXiv 2603.15045; Speech Prefix-Tuning with RNNT Loss,
+    arXiv 2406.14701]
 
     Args (``model_conf``):
         ctc_weight: weight of the CTC loss on the encoder's output. The layer is ESPnet's ``ctc``:
@@ -63,21 +68,24 @@ class SpeechLLMModel(ESPnetASRModel):
             needs it, one that stays as it was loaded.
         ctc_vocabulary: labels of that CTC; by default the decoder's tokens, or an ASR token list of
             its own: ``token_list`` and, for pieces, ``bpemodel``.
-        prefix_ctc_weight: weight of a CTC loss on the LLM's outputs at the audio.
-        prefix_ctc_vocabulary: its labels, as ``ctc_vocabulary``.
+        auxiliary: further losses, CTC or transducer, on the encoder, the adapter or the LLM's
+            outputs at the audio; see :mod:`~espnet_llm_plugin.speech_llm.heads.auxiliary`.
         lsm_weight: label smoothing of the cross-entropy.
-        length_normalized_loss: losses per token and per CTC label (true) or per utterance (false).
+        length_normalized_loss: losses per token and per label (true) or per utterance (false).
         text_mask: fraction F of the input tokens that are hidden in training.
         text_mask_token: what replaces them; by default the unknown token.
         shuffled_audio: in validation, score each transcript with another utterance's audio too.
+        report_wer_utts: in validation, so many utterances are decoded greedily.
         extract_feats_in_collect_stats: as in ESPnet.
 
-    Statistics: ``loss`` = ``loss_ce`` + ctc_weight * ``loss_ctc`` + prefix_ctc_weight *
-    ``loss_prefix_ctc``; ``ce_per_token`` (nats, no smoothing), ``acc`` (of tokens, given the ones
-    before), ``num_skipped``, ``num_ctc_skipped`` and ``num_prefix_ctc_skipped`` (utterances with
-    more labels than frames, left out of that CTC only), and in validation ``shuffled_gap``: nats
-    per token by which another utterance's audio is worse than its own. Near 0 the LLM ignores the
-    audio, however low the loss; above 2 it relies on it.
+    Statistics: ``loss`` = ``loss_ce`` + ctc_weight * ``loss_ctc`` + the weighted ``loss_<name>`` of
+    the auxiliary losses; ``ce_per_token`` (nats, no smoothing), ``acc`` (of tokens, given the ones
+    before), ``num_skipped``; of each CTC and auxiliary loss ``<name>_per_label`` (nats) and
+    ``num_<name>_skipped`` (utterances with more labels than CTC has frames, left out of that loss
+    only); and in validation ``shuffled_gap``: nats per token by which another utterance's audio is
+    worse than its own. Near 0 the LLM ignores the audio, however low the loss; above 2 it relies on
+    it. With ``report_wer_utts`` ``wer_llm`` and ``cer_llm``, greedily and without any CTC, and the
+    same of each CTC and auxiliary loss: ``wer_<name>``, ``cer_<name>``.
     """
 
     def __init__(
@@ -89,13 +97,13 @@ class SpeechLLMModel(ESPnetASRModel):
         joint_network: None = None,
         ctc_weight: float = 0.0,
         ctc_vocabulary: Optional[Mapping[str, Any]] = None,
-        prefix_ctc_weight: float = 0.0,
-        prefix_ctc_vocabulary: Optional[Mapping[str, Any]] = None,
+        auxiliary: Optional[Sequence[Mapping[str, Any]]] = None,
         lsm_weight: float = 0.0,
         length_normalized_loss: bool = True,
         text_mask: float = 0.0,
         text_mask_token: Optional[str] = None,
         shuffled_audio: bool = True,
+        report_wer_utts: int = 0,
         extract_feats_in_collect_stats: bool = True,
         **parts: Any,
     ):
@@ -109,9 +117,9 @@ class SpeechLLMModel(ESPnetASRModel):
             )
         for name, value, upper in (
             ("ctc_weight", ctc_weight, None),
-            ("prefix_ctc_weight", prefix_ctc_weight, None),
             ("lsm_weight", lsm_weight, 1.0),
             ("text_mask", text_mask, 1.0),
+            ("report_wer_utts", report_wer_utts, None),
         ):
             if value < 0 or (upper is not None and value >= upper):
                 allowed = "0 or more" if upper is None else f"in [0, {upper:g})"
@@ -120,11 +128,11 @@ class SpeechLLMModel(ESPnetASRModel):
             raise UserError("model_conf: text_mask_token is given, but text_mask is 0")
         units = decoder.units
         units.check_token_list(token_list)
+        encoder_width = ctc.ctc_lo.in_features
         with_ctc = ctc_weight > 0 or decoder.adapter.needs_ctc
         if with_ctc:
-            ctc = _vocabulary_ctc(
-                ctc, auxiliary.ctc_vocabulary("ctc_vocabulary", ctc_vocabulary, units)
-            )
+            vocabulary = label_vocabulary("model_conf: ctc_vocabulary", ctc_vocabulary, units)
+            ctc = _vocabulary_ctc(ctc, vocabulary)
         elif ctc_vocabulary is not None:
             raise UserError("model_conf: ctc_vocabulary is of a CTC, but ctc_weight is 0")
         super().__init__(
@@ -144,7 +152,6 @@ class SpeechLLMModel(ESPnetASRModel):
         self.blank_id = 0
         self.sos, self.eos = decoder.prompt.sos, units.eos
         self.ctc_weight = ctc_weight
-        self.prefix_ctc_weight = prefix_ctc_weight
         self.lsm_weight = lsm_weight
         self.length_normalized_loss = length_normalized_loss
         self.text_mask = text_mask
@@ -153,21 +160,13 @@ class SpeechLLMModel(ESPnetASRModel):
         if with_ctc:
             decoder.use_ctc(self.ctc)
             self.ctc.requires_grad_(ctc_weight > 0)
-        self.prefix_ctc: Optional[VocabularyCTC] = None
-        if prefix_ctc_weight:
-            if not isinstance(decoder.interface, PrefixInterface):
-                raise UserError(
-                    "model_conf: prefix_ctc_weight needs the LLM's outputs at the audio, which the "
-                    "interfaces merged and cross_attention do not compute"
-                )
-            vocabulary = auxiliary.ctc_vocabulary(
-                "prefix_ctc_vocabulary", prefix_ctc_vocabulary, units
-            )
-            self.prefix_ctc = VocabularyCTC(vocabulary, decoder.llm.hidden_size)
-        elif prefix_ctc_vocabulary is not None:
-            raise UserError(
-                "model_conf: prefix_ctc_vocabulary is of a CTC, but prefix_ctc_weight is 0"
-            )
+        widths = {"encoder": encoder_width, "adapter": decoder.llm.hidden_size}
+        if isinstance(decoder.interface, PrefixInterface):
+            widths["llm_prefix"] = decoder.llm.hidden_size
+        self.auxiliary = AuxiliaryHeads(
+            auxiliary if builds_training_parts() else None, units, widths
+        )
+        self._error_rates = GreedyErrorRates(report_wer_utts)
         self._skips = SkipLog()
         self._last_audio: Optional[Audio] = None
 
@@ -208,6 +207,11 @@ class SpeechLLMModel(ESPnetASRModel):
 
         ce, audio_outputs = self._text_loss(batch, batch.audio)
         loss = ce.reduced(self.length_normalized_loss)
+        taps = {
+            "encoder": Tap(batch.encoder_out, batch.frame_lengths),
+            "adapter": Tap(batch.audio.embeddings, batch.audio.lengths),
+            "llm_prefix": Tap(audio_outputs, batch.audio.lengths),
+        }
         stats = {
             "loss_ce": loss.detach(),
             "ce_per_token": ce.per_token().detach(),
@@ -215,32 +219,42 @@ class SpeechLLMModel(ESPnetASRModel):
             "num_skipped": skipped,
         }
         if self.ctc_weight:
-            ctc = self.ctc.loss(
-                batch.encoder_out, batch.frame_lengths, batch.text, batch.text_lengths
-            )
-            loss = loss + self.ctc_weight * self._ctc_loss("ctc", ctc, stats)
-        if self.prefix_ctc is not None:
-            ctc = self.prefix_ctc.loss(
-                audio_outputs, batch.audio.lengths, batch.text, batch.text_lengths
-            )
-            loss = loss + self.prefix_ctc_weight * self._ctc_loss("prefix_ctc", ctc, stats)
+            ctc = self.ctc.loss(*taps["encoder"], batch.text, batch.text_lengths)
+            mean = report("ctc", ctc, self.length_normalized_loss, stats)
+            loss = loss + self.ctc_weight * mean
+        loss = loss + self.auxiliary.loss(
+            taps, batch.text, batch.text_lengths, self.length_normalized_loss, stats
+        )
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
+        if self.training:
+            self._error_rates.restart()
+        elif self._error_rates.utterances:
+            stats |= self._error_rates(
+                self.decoder,
+                batch.audio,
+                batch.text,
+                batch.text_lengths,
+                self._decoded_heads(taps),
+            )
         stats["loss"] = loss.detach()
         weight = ce.normalizer(self.length_normalized_loss)
         return force_gatherable((loss, stats, float(weight)), loss.device)
 
     def _stat_names(self) -> list[str]:
         names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]
-        for name, weight in (("ctc", self.ctc_weight), ("prefix_ctc", self.prefix_ctc_weight)):
-            names += [f"loss_{name}", f"num_{name}_skipped"] if weight else []
-        return [*names, *(["shuffled_gap"] if self._scores_shuffled_audio() else []), "loss"]
+        names += [*(loss_stats("ctc") if self.ctc_weight else []), *self.auxiliary.stat_names()]
+        names += ["shuffled_gap"] if self._scores_shuffled_audio() else []
+        if not self.training:
+            names += self._error_rates.stat_names(list(self._decoded_heads({})))
+        return [*names, "loss"]
 
-    def _ctc_loss(self, name: str, ctc: CTCLoss, stats: dict[str, Any]) -> Tensor:
-        loss = ctc.reduced(self.length_normalized_loss)
-        stats[f"loss_{name}"] = loss.detach()
-        stats[f"num_{name}_skipped"] = ctc.num_skipped
-        return loss
+    def _decoded_heads(self, taps: Mapping[str, Tap]) -> dict[str, tuple[LabelHead, Optional[Tap]]]:
+        """What is decoded greedily beside the LLM, and where it listens."""
+        heads = {"ctc": (self.ctc, taps.get("encoder"))} if self.ctc_weight else {}
+        for entry in self.auxiliary.entries:
+            heads[entry.name] = (self.auxiliary.head(entry), taps.get(entry.tap))
+        return heads
 
     def _text_loss(self, batch: Batch, audio: Audio) -> tuple[TextLoss, Optional[Tensor]]:
         """Cross-entropy of text and EOS given ``audio``; the LLM's outputs at the audio."""
@@ -345,12 +359,15 @@ class SpeechLLMModel(ESPnetASRModel):
             UserError: tensors are missing or have another shape, or the checkpoint was trained
                 with another LLM or prompt.
         """
-        hint = "Are token list, CTC vocabularies, adapter and LLM those of the checkpoint?"
+        hint = "Are token list, vocabularies, adapter and LLM those of the checkpoint?"
+        heads = self.auxiliary.state_dict(prefix="auxiliary.")
+        if not strict and not heads.keys() & state_dict.keys():
+            state_dict = {**heads, **state_dict}  # for decoding, which needs none of them
         refuse_incomplete(self, state_dict, hint)
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
 
-def _vocabulary_ctc(ctc: CTC, vocabulary: CTCVocabulary) -> VocabularyCTC:
+def _vocabulary_ctc(ctc: CTC, vocabulary: LabelVocabulary) -> VocabularyCTC:
     """A CTC layer over ``vocabulary`` in place of the one that ESPnet made over the token list."""
     if ctc.ctc_type != "builtin":
         raise UserError(

@@ -26,7 +26,10 @@ def files(tmp_path_factory):
     wav, text = make_audio(directory / "wav", SECONDS), directory / "text"
     speech = (DATA, f"{wav},speech,sound")
     made = {"log": directory / "train.log"}
-    made["log"].write_text("".join(EPOCH.format(n=n, train=9 - n, valid=8 - n) for n in (1, 2)))
+    epochs = [EPOCH.format(n=n, train=9 - n, valid=8 - n) for n in (1, 2)]
+    rates = "loss={valid}, wer_llm=60.1, wer_llm_prefix_rnnt=20.2"
+    epochs[1] = epochs[1].replace("loss=6", rates.format(valid=6))
+    made["log"].write_text("".join(epochs))
     decodings = {
         "alone": ("0", "2", "--penalty", "6"),
         "joint": ("0.4", "2"),
@@ -66,7 +69,8 @@ def test_everything_is_on_the_page(files, capsys):
         *("--alone", files["alone"], "--wider", files["wider"], "--train_log", str(files["log"])),
     )
     said, page = capsys.readouterr().out, (out / "diagnosis.md").read_text()
-    assert len(found["findings"]) == 12
+    assert len(found["findings"]) == 13
+    assert "Greedy WER 60.1 by the LLM, 20.2 by llm_prefix_rnnt. The prefix has the text" in page
     for one in found["findings"]:
         assert one["statement"].replace("|", "\\|") in page and one["signature"] in said
     unknown = {f["signature"] for f in found["findings"] if f["verdict"] == "not measured"}

@@ -22,8 +22,8 @@ from espnet_llm_plugin.inference.ctc_agreement import (
 from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.scoring.audio_use import AudioUse, read_audio_use
 from espnet_llm_plugin.scoring.similarity import alignment
-from espnet_llm_plugin.speech_llm.auxiliary import PieceVocabulary, TokenVocabulary
 from espnet_llm_plugin.speech_llm.decoder import Audio
+from espnet_llm_plugin.speech_llm.heads.vocabulary import PieceVocabulary, TokenVocabulary
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_speech_llm
 from tests.llm.tiny import save_adapted_dir
 from tests.speech_llm.tiny import batch, model, reference_logits, single

@@ -12,7 +12,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.loading import TextConverter, _sample_rate, load_asr
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
 from espnet_llm_plugin.transducer.hypothesis import Scales
-from tests.inference.tiny_asr import TOKENS, make_asr, make_audio
+from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_speech_llm
+from tests.llm.tiny import save_adapted_dir
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,26 @@ def test_lm_weight_without_lm_is_refused(factorized):
     asr = load_asr(factorized.config, factorized.model)
     with pytest.raises(UserError, match="no LM"):
         Recognizer(asr, scales=Scales(lm_weight=0.3))
+
+
+def test_auxiliary_heads_are_neither_built_nor_exported(tmp_path):
+    """Their tensors in the checkpoint are ignored, and the files of their vocabularies not read."""
+    from espnet_llm_plugin.llm.backbone import load_causal_lm
+    from espnet_llm_plugin.llm.export_tuned import export_tuned_llm
+
+    llm = save_adapted_dir(tmp_path / "llm", TOKENS)
+    (tmp_path / "labels.txt").write_text("\n".join(TOKENS) + "\n")
+    head = f"loss: rnnt, tap: llm_prefix, vocabulary: {{token_list: {tmp_path}/labels.txt}}"
+    conf = {"decoder_conf": ", tuning: full", "model_conf": f", auxiliary: [{{{head}}}]"}
+    files = make_speech_llm(tmp_path / "asr", llm, **conf)
+    saved = torch.load(files.model)
+    assert any(name.startswith("auxiliary.") for name in saved)
+    (tmp_path / "labels.txt").unlink()
+    model = load_asr(files.config, files.model).model
+    kept = model.state_dict()
+    assert kept.keys() == {name for name in saved if not name.startswith("auxiliary.")}
+    assert all(torch.equal(kept[name], saved[name]) for name in kept)
+    export_tuned_llm(files.config, files.model, tmp_path / "out")
+    assert load_causal_lm(tmp_path / "out").state_dict().keys() == (
+        load_causal_lm(llm).state_dict().keys()
+    )

@@ -80,15 +80,16 @@ def make_speech_llm(
     ctc_weight: float = 0.3,
     token_type: str = "char",
     decoder_conf: str = "",
+    model_conf: str = "",
 ) -> Files:
-    """A speech LLM with random weights; ``decoder_conf``: more YAML, ``, key: value``."""
+    """A speech LLM with random weights; ``*_conf``: more YAML, ``, key: value``."""
     registry.register()
     from espnet2.tasks.asr import ASRTask
 
     torch.manual_seed(0)
     conf = f"""
 model: speech_llm
-model_conf: {{ctc_weight: {ctc_weight}}}
+model_conf: {{ctc_weight: {ctc_weight}{model_conf}}}
 decoder: speech_llm
 decoder_conf: {{llm: {llm}, tuning: frozen, adapter_conf: {{stack: 2}}{decoder_conf}}}
 """

@@ -13,13 +13,14 @@ __all__ = ["noise", "task"]  # fixtures
 
 pytestmark = pytest.mark.integration
 
-# Nothing random. Every parameter must have its gradient, prefix CTC included.
+# Nothing random. Every parameter must have its gradient, auxiliary heads included.
 CONF = """
 encoder_conf: {output_size: 16, attention_heads: 2, linear_units: 24, num_blocks: 1,
   input_layer: conv2d, dropout_rate: 0.0, positional_dropout_rate: 0.0,
   attention_dropout_rate: 0.0}
 model: speech_llm
-model_conf: {ctc_weight: 0.3, prefix_ctc_weight: 0.1}
+model_conf: {ctc_weight: 0.3, report_wer_utts: 3,
+  auxiliary: [{loss: rnnt, tap: llm_prefix}]}
 decoder: speech_llm
 decoder_conf:
   tuning: lora
@@ -45,6 +46,10 @@ def losses(out, part):
     return [float(stats[epoch][part]["loss"]) for epoch in (1, 2)]
 
 
+def statistics(out, part):
+    return torch.load(out / "checkpoint.pth", weights_only=False)["reporter"]["stats"][2][part]
+
+
 def test_two_processes_learn_what_one_learns(data, task, tmp_path, monkeypatch):
     kept = "".join(line + "\n" for line in COMMON.splitlines() if not line.startswith("optim"))
     monkeypatch.setattr("tests.integration.test_speech_llm_training.COMMON", kept)
@@ -61,7 +66,13 @@ def test_two_processes_learn_what_one_learns(data, task, tmp_path, monkeypatch):
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
     moved = [key for key in found if (found[key] - first[key]).abs().max() > 1e-4]
-    for part in ("encoder.", "decoder.adapter.", "decoder.llm.", "ctc.", "prefix_ctc."):
+    parts = ("encoder.", "decoder.adapter.", "decoder.llm.", "ctc.", "auxiliary.")
+    for part in parts:
         assert any(key.startswith(part) for key in moved), part
     for part in ("train", "valid"):
         assert losses(two, part) == pytest.approx(losses(one, part), rel=1e-3)
+    for out in (one, two):
+        found = statistics(out, "valid")
+        for name in ("wer_llm", "wer_ctc", "wer_llm_prefix_rnnt", "llm_prefix_rnnt_per_label"):
+            assert np.isfinite(found[name])
+        assert "wer_llm" not in statistics(out, "train")

@@ -11,7 +11,7 @@ from espnet_llm_plugin.scoring.hallucination import Hallucination
 from espnet_llm_plugin.scoring.scored_set import ScoredSet
 from espnet_llm_plugin.scoring.signatures import CLEAR, SHOWS, UNKNOWN
 from espnet_llm_plugin.scoring.similarity import Alignment
-from espnet_llm_plugin.scoring.speech_signatures import SpeechEvidence, findings
+from espnet_llm_plugin.scoring.speech_signatures import SpeechEvidence, findings, greedy_rates
 from espnet_llm_plugin.scoring.training_log import Epoch
 from tests.scoring.test_signatures import summary
 
@@ -64,6 +64,7 @@ HEALTHY = SpeechEvidence(
     alone=ScoredSet(Path("alone"), TOTAL, {}, 1.0, None),
     joint=JOINT,
     wider=JOINT,
+    greedy={"llm": 22.0, "ctc": 23.0, "llm_prefix_rnnt": 21.0},
 )
 
 
@@ -86,6 +87,7 @@ CASES = {
     },
     "joint decoding hides the LLM's errors": {"joint": replace(JOINT, first=28.0)},
     "collapse at a large beam": {"wider": replace(JOINT, first=15.0, second=15.3)},
+    "prefix good, LLM not": {"greedy": {"llm": 44.0, "ctc": 23.0, "llm_prefix_rnnt": 24.0}},
     "embeddings not aligned": audio(alignment=Alignment(0.3, 0.15, 90)),
     "stride too large": audio(crowded=0.1),
     "overfitting": {"epochs": [Epoch(1, 9.0, 8.0), Epoch(2, 5.0, 8.5)]},
@@ -170,3 +172,24 @@ def test_ctc_is_no_witness_without_hypotheses():
     # nor with a CTC that recognises next to nothing
     weak = replace(CTC, greedy_wer=51.0, contradicted=0.5)
     assert verdicts(replace(HEALTHY, **audio(ctc=weak))) == none
+
+
+@pytest.mark.parametrize(
+    "rates, verdict, statement",
+    [
+        ({"llm": 70.0, "ctc": 23.0, "x_rnnt": 60.0}, CLEAR, "Neither reads the prefix"),
+        ({"llm": 70.0, "ctc": 23.0}, SHOWS, "The encoder has the text; adapter or LLM lose it."),
+        ({"llm": 20.0, "adapter_ctc": 80.0}, CLEAR, "WER 20.0 by the LLM, 80.0 by adapter_ctc."),
+        ({"llm": 80.0, "a_ctc": 49.0, "b_ctc": 55.0}, SHOWS, "49.0 by a_ctc. The prefix has"),
+        ({"llm": 80.0}, UNKNOWN, "report_wer_utts"),
+        ({"a_ctc": 80.0}, UNKNOWN, "report_wer_utts"),
+    ],
+)
+def test_heads_beside_the_llm(rates, verdict, statement):
+    found = of(replace(HEALTHY, greedy=rates), "prefix good, LLM not")
+    assert found.verdict == verdict and statement in found.statement
+
+
+def test_greedy_rates_of_a_training():
+    statistics = {"wer_llm": 40.0, "wer_ctc": float("nan"), "cer_llm": 9.0, "loss": 1.0}
+    assert greedy_rates(statistics) == {"llm": 40.0}

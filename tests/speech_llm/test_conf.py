@@ -1,5 +1,6 @@
-"""Every configuration of conf/speech_llm builds a model of the size it states."""
+"""Every configuration of conf/speech_llm and prefix_tuning builds a model of the size it states."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import yaml
 from espnet_llm_plugin import registry
 from tests.speech_llm.tiny_llm import save_adapted, save_native
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "speech_llm"
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FILES = [*CONF.glob("speech_llm/*.yaml"), *CONF.glob("prefix_tuning/train_*.yaml")]
 PROMPT = ["transcribe", "speech", "to", "text"]
 WORDS = ["<blank>", "<unk>", *PROMPT, *(f"w{i}" for i in range(9993)), "<sos/eos>"]
 # Width of the LLM that a configuration names: all that the size of the other parts depends on.
@@ -26,7 +28,7 @@ def llm_of_width(directory, width, native):
     return save_adapted(directory, tokens=WORDS, **conf)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONF.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(CONF)) for path in FILES))
 def test_configuration(tmp_path, name):
     registry.register()
     from espnet2.tasks.asr import ASRTask
@@ -48,8 +50,15 @@ def test_configuration(tmp_path, name):
             from espnet_llm_plugin.llm.native import native_token_list
 
             tokens = native_token_list(llm)
-        for key in {"ctc_vocabulary", "prefix_ctc_vocabulary"} & set(conf.get("model_conf", {})):
-            options += ["--model_conf", f"{key}.token_list={tmp_path / 'words.txt'}"]
+        model_conf = conf.get("model_conf", {})
+        words = str(tmp_path / "words.txt")
+        if "ctc_vocabulary" in model_conf:
+            options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
+        heads = model_conf.get("auxiliary", [])
+        for head in heads:
+            if "vocabulary" in head:
+                head["vocabulary"]["token_list"] = words
+        options += ["--model_conf", f"auxiliary={json.dumps(heads)}"] if heads else []
     (tmp_path / "tokens.txt").write_text("\n".join(tokens) + "\n")
     options += ["--token_list", str(tmp_path / "tokens.txt")]
     args = ASRTask.get_parser().parse_args(options)
@@ -61,6 +70,8 @@ def test_configuration(tmp_path, name):
     groups = conf.get("optim_conf", {}).get("groups", {})
     names = [name for name, _ in model.named_parameters()]
     assert all(any(name.startswith(f"{group}.") for name in names) for group in groups)
+    if "decoder" in conf:
+        assert len(model.auxiliary) == len(heads)
     assert stated[1] in (f"{parameters / 1e6:.0f}", f"{parameters / 1e6:.1f}")
     if "decoder" in conf:
         assert not model.decoder.llm.is_loaded

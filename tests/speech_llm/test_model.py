@@ -82,7 +82,9 @@ def test_loss_is_that_of_transformers_one_utterance_at_a_time(llm, native, kind)
     assert float(made(*data)[2]) == 3.0
 
 
-FULL = {"ctc_weight": 0.3, "prefix_ctc_weight": 0.2, "lsm_weight": 0.1}
+PREFIX_CTC = {"loss": "ctc", "tap": "llm_prefix", "name": "prefix_ctc"}
+WITH_CTC = {"ctc_weight": 0.3, "auxiliary": [PREFIX_CTC]}
+FULL = {"ctc_weight": 0.3, "auxiliary": [{**PREFIX_CTC, "weight": 0.2}], "lsm_weight": 0.1}
 
 
 @pytest.mark.parametrize("interface", ["prefix", "merged", "cross_attention"])
@@ -123,14 +125,14 @@ def test_ctc_on_the_encoder_is_espnets(llm):
 
 
 def test_ctc_on_the_prefix_of_an_llm_in_half_precision(llm):
-    half = model(llm, model_conf={"prefix_ctc_weight": 1.0}, dtype="bfloat16")
-    full = model(llm, model_conf={"prefix_ctc_weight": 1.0})
+    half = model(llm, model_conf={"auxiliary": [{**PREFIX_CTC, "weight": 1.0}]}, dtype="bfloat16")
+    full = model(llm, model_conf={"auxiliary": [{**PREFIX_CTC, "weight": 1.0}]})
     found, expected = (loss_of(made)[1]["loss_prefix_ctc"] for made in (half, full))
     assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_ctc_on_the_prefix_sees_the_llms_outputs_and_never_the_text(llm):
-    made = model(llm, model_conf={"prefix_ctc_weight": 1.0}).eval()
+    made = model(llm, model_conf={"auxiliary": [{**PREFIX_CTC, "weight": 1.0}]}).eval()
     data = batch()
     encoder_out, lengths = made.encode(*data[:2])
     audio = made.decoder.adapt(encoder_out, lengths)
@@ -149,19 +151,18 @@ def test_ctc_on_the_prefix_sees_the_llms_outputs_and_never_the_text(llm):
 
 
 def test_each_ctc_has_its_own_vocabulary(native, pieces):
-    conf = {"ctc_weight": 0.3, "ctc_vocabulary": pieces, "prefix_ctc_weight": 0.3}
+    conf = {"ctc_weight": 0.3, "ctc_vocabulary": pieces, "auxiliary": [PREFIX_CTC]}
     made = model(native, native=True, model_conf=conf)
     size = len(read_token_list(pieces["token_list"]))
     assert made.ctc.ctc_lo.out_features == size
-    assert made.prefix_ctc.ctc_lo.out_features == made.vocab_size + 1
+    assert made.auxiliary.prefix_ctc.ctc_lo.out_features == made.vocab_size + 1
     swapped = {
         "ctc_weight": 0.3,
-        "prefix_ctc_weight": 0.3,
-        "prefix_ctc_vocabulary": pieces,
+        "auxiliary": [{**PREFIX_CTC, "vocabulary": pieces}],
     }
     other = model(native, native=True, model_conf=swapped)
     assert other.ctc.ctc_lo.out_features == made.vocab_size + 1
-    assert other.prefix_ctc.ctc_lo.out_features == size
+    assert other.auxiliary.prefix_ctc.ctc_lo.out_features == size
     ids = made.decoder.units.encode("the cat")
     data = batch(frames=(9, 9), texts=(ids, ids[:1]))
     for one in (made, other):
@@ -292,7 +293,7 @@ def test_options_of_how_the_llm_computes(llm):
 
 MODEL_CONF = [
     {"ctc_weight": 0.5},
-    {"prefix_ctc_weight": 0.5},
+    {"auxiliary": [{**PREFIX_CTC, "weight": 0.5}]},
     {"lsm_weight": 0.2},
     {"length_normalized_loss": False},
     {"text_mask": 0.5},
@@ -423,7 +424,7 @@ class TestCheckpoints(CheckpointContract):
 
     def make(self):
         conf = {"tuning": self.tuning, "prompt": {"before": "bad"}}
-        return model(self.llm, model_conf={"ctc_weight": 0.3, "prefix_ctc_weight": 0.1}, **conf)
+        return model(self.llm, model_conf=WITH_CTC, **conf)
 
     def run(self, made):
         return made.eval()(*batch())[0].detach()
@@ -438,7 +439,7 @@ class TestCheckpoints(CheckpointContract):
     def make_with_other_llm(self):
         return model(
             self.other,
-            model_conf={"ctc_weight": 0.3, "prefix_ctc_weight": 0.1},
+            model_conf=WITH_CTC,
             tuning=self.tuning,
             prompt={"before": "bad"},
         )
@@ -446,7 +447,7 @@ class TestCheckpoints(CheckpointContract):
     def test_another_prompt_is_an_error(self):
         other = model(
             self.llm,
-            model_conf={"ctc_weight": 0.3, "prefix_ctc_weight": 0.1},
+            model_conf=WITH_CTC,
             tuning=self.tuning,
             prompt={"before": "cab"},
         )
@@ -479,13 +480,12 @@ def test_features_can_be_left_out_of_the_statistics(llm):
     [
         ({"ctc_wieght": 0.3}, "model_conf of 'speech_llm': unknown option 'ctc_wieght'; valid"),
         ({"ctc_weight": -1.0}, "ctc_weight must be 0 or more"),
-        ({"prefix_ctc_weight": -0.1}, "prefix_ctc_weight must be 0 or more"),
+        ({"report_wer_utts": -1}, "report_wer_utts must be 0 or more"),
         ({"lsm_weight": 1.0}, r"lsm_weight must be in \[0, 1\), got 1.0"),
         ({"text_mask": 1.5}, r"text_mask must be in \[0, 1\)"),
         ({"text_mask": 0.1, "text_mask_token": "no"}, "text_mask_token 'no' is not a token"),
         ({"text_mask_token": "a"}, "text_mask_token is given, but text_mask is 0"),
         ({"ctc_vocabulary": {}}, "ctc_vocabulary is of a CTC, but ctc_weight is 0"),
-        ({"prefix_ctc_vocabulary": {}}, "prefix_ctc_vocabulary is of a CTC, but"),
     ],
 )
 def test_bad_configurations(llm, conf, message):
@@ -509,8 +509,8 @@ def test_parts_that_do_not_go_together(llm, pieces):
     common["ctc"].ctc_type = "gtnctc"
     with pytest.raises(UserError, match="ctc_type gtnctc; model 'speech_llm' has builtin CTC only"):
         SpeechLLMModel(token_list=TOKENS, decoder=decoder(llm), ctc_weight=0.1, **common)
-    with pytest.raises(UserError, match="prefix_ctc_weight.*merged"):
-        model(llm, model_conf={"prefix_ctc_weight": 0.1}, interface="merged")
+    with pytest.raises(UserError, match="tap llm_prefix needs .* merged"):
+        model(llm, model_conf={"auxiliary": [{**PREFIX_CTC, "weight": 0.1}]}, interface="merged")
     with pytest.raises(UserError, match="ctc_embedding needs a CTC with the decoder's tokens"):
         conf = {"ctc_weight": 0.1, "ctc_vocabulary": pieces}
         loss_of(model(llm, model_conf=conf, adapter="ctc_embedding"))

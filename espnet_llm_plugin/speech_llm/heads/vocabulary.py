@@ -1,17 +1,14 @@
-"""Auxiliary CTC on the encoder and on the LLM's outputs at the audio, each with its own vocabulary.
+"""Vocabularies of auxiliary losses, which need not be the decoder's.
 
-B utterances, T frames, E width, U tokens, V tokens of the token list, C = labels and blank of a CTC
-vocabulary: blank 0, labels from 1 on, never the LLM's row numbers as such.
-
-[LLMs and Speech, arXiv 2603.15045, table "auxiliary losses"]
+B utterances, U tokens, V tokens of the token list, L labels, C = labels and blank of a vocabulary:
+blank 0, labels from 1 on, never the LLM's row numbers as such.
 """
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
-from espnet2.asr.ctc import CTC
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
@@ -20,8 +17,8 @@ from espnet_llm_plugin.speech_llm.units import AdaptedUnits, LabelUnits
 from espnet_llm_plugin.token_list import guess_token_type, read_token_list
 
 
-class CTCVocabulary(ABC):
-    """The labels of a CTC layer.
+class LabelVocabulary(ABC):
+    """The labels of an auxiliary loss.
 
     Attributes:
         size: C.
@@ -54,7 +51,7 @@ class CTCVocabulary(ABC):
         """Text of labels, blank not among them."""
 
 
-class TokenVocabulary(CTCVocabulary):
+class TokenVocabulary(LabelVocabulary):
     """The tokens of the token list: label = id for an ASR token list, id + 1 for an LLM's own.
 
     An LLM's own token 0 has a label, but no column among :meth:`token_scores`, where ESPnet's
@@ -84,7 +81,7 @@ class TokenVocabulary(CTCVocabulary):
         return self._units.decode([label - self.shift for label in labels])
 
 
-class PieceVocabulary(CTCVocabulary):
+class PieceVocabulary(LabelVocabulary):
     """An ASR token list of its own, such as SentencePiece pieces beside an LLM's own tokens.
 
     Transcripts are turned into text and tokenised again.
@@ -103,7 +100,7 @@ class PieceVocabulary(CTCVocabulary):
         kind = guess_token_type(tokens)
         if kind == "bpe" and (bpemodel is None or not Path(bpemodel).is_file()):
             raise UserError(
-                f"the CTC vocabulary {token_list} has SentencePiece pieces; give their model as "
+                f"the token list {token_list} has SentencePiece pieces; give their model as "
                 f"bpemodel, got {bpemodel}"
             )
         self.name = token_list
@@ -139,90 +136,23 @@ class PieceVocabulary(CTCVocabulary):
         return self._tokenizer.tokens2text(self._converter.ids2tokens(list(labels)))
 
 
-def ctc_vocabulary(key: str, conf: Optional[Mapping[str, Any]], units: LabelUnits) -> CTCVocabulary:
-    """The vocabulary that ``key`` of ``model_conf`` describes.
+def label_vocabulary(
+    where: str, conf: Union[None, str, Mapping[str, Any]], units: LabelUnits
+) -> LabelVocabulary:
+    """The vocabulary that a configuration describes.
 
     Args:
-        key: Its name.
-        conf: ``None`` for the decoder's tokens, or ``token_list`` and ``bpemodel``.
+        where: Its key, for messages.
+        conf: ``tokens`` or ``None`` for the decoder's tokens, or ``token_list`` and ``bpemodel``.
         units: The decoder's.
     """
-    if conf is None:
+    if conf is None or conf == "tokens":
         return TokenVocabulary(units)
-    refuse_unknown(f"model_conf: {key}", conf, PieceVocabulary.__init__, ("self", "units"))
-    if "token_list" not in conf:
-        raise UserError(f"model_conf: {key} needs token_list, the file of the labels")
-    return PieceVocabulary(units, **conf)
-
-
-class VocabularyCTC(CTC):
-    """A CTC layer over a :class:`CTCVocabulary`, laid out as ESPnet's (``ctc_lo``).
-
-    :meth:`log_softmax` is what ESPnet's scorers ask: the scores of the decoder's tokens.
-
-    Args:
-        vocabulary: The labels.
-        width: E.
-        dropout_rate: Of the input, in training.
-    """
-
-    def __init__(self, vocabulary: CTCVocabulary, width: int, dropout_rate: float = 0.0):
-        super().__init__(odim=vocabulary.size, encoder_output_size=width, dropout_rate=dropout_rate)
-        self.vocabulary = vocabulary
-
-    def label_log_probs(self, hs_pad: Tensor) -> Tensor:
-        """(B, T, E) -> log-probs (B, T, C) float32 of blank and labels."""
-        hs_pad = torch.nn.functional.dropout(hs_pad, self.dropout_rate, self.training)
-        # an LLM in half precision has such outputs; under autocast this changes nothing
-        return self.ctc_lo(hs_pad.to(self.ctc_lo.weight.dtype)).float().log_softmax(dim=-1)
-
-    def log_softmax(self, hs_pad: Tensor) -> Tensor:
-        """(B, T, E) -> log-probs (B, T, V) of the decoder's tokens, blank in column 0."""
-        return self.vocabulary.token_scores(self.label_log_probs(hs_pad))
-
-    def loss(self, hs_pad: Tensor, hlens: Tensor, text: Tensor, lengths: Tensor) -> "CTCLoss":
-        """Loss of each utterance.
-
-        Args:
-            hs_pad: (B, T, E).
-            hlens: (B,) frames.
-            text: (B, U) token ids.
-            lengths: (B,) their numbers.
-        """
-        labels, counts = self.vocabulary.targets(text, lengths)
-        hlens = hlens.to(counts.device)
-        # between two equal labels there must be a blank
-        inside = torch.arange(labels.shape[1], device=labels.device)[1:] < counts[:, None]
-        repeats = ((labels[:, 1:] == labels[:, :-1]) & inside).sum(dim=1)
-        fits = counts + repeats <= hlens
-        nll = torch.nn.functional.ctc_loss(
-            self.label_log_probs(hs_pad).transpose(0, 1),
-            labels,
-            hlens,
-            counts,
-            reduction="none",
-            zero_infinity=True,
+    if not isinstance(conf, Mapping):
+        raise UserError(
+            f"{where} is {conf!r}; expected tokens (the decoder's), or token_list and bpemodel"
         )
-        return CTCLoss(nll, counts.masked_fill(~fits, 0), fits)
-
-
-class CTCLoss(NamedTuple):
-    """Attributes:
-    nll: (B,) nats; zero where the labels do not fit.
-    counts: (B,) labels; zero where they do not fit.
-    fits: (B,) whether the frames are enough for the labels.
-    """
-
-    nll: Tensor
-    counts: Tensor
-    fits: Tensor
-
-    def reduced(self, by_length: bool) -> Tensor:
-        """Mean per label or per utterance, over those that fit."""
-        weight = self.counts.sum() if by_length else self.fits.sum()
-        return self.nll.sum() / weight.clamp(min=1)
-
-    @property
-    def num_skipped(self) -> float:
-        """Utterances that do not fit."""
-        return float((~self.fits).sum())
+    refuse_unknown(where, conf, PieceVocabulary.__init__, ("self", "units"))
+    if "token_list" not in conf:
+        raise UserError(f"{where} needs token_list, the file of the labels")
+    return PieceVocabulary(units, **conf)

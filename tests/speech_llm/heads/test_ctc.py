@@ -10,7 +10,8 @@ from espnet2.asr.ctc import CTC
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.native import native_token_list
-from espnet_llm_plugin.speech_llm.auxiliary import VocabularyCTC, ctc_vocabulary
+from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
+from espnet_llm_plugin.speech_llm.heads.vocabulary import label_vocabulary
 from espnet_llm_plugin.speech_llm.units import label_units
 from tests.llm.tiny import TEXT, train_sentencepiece
 from tests.speech_llm.tiny_llm import TOKENS, save_adapted, save_native
@@ -43,7 +44,7 @@ def batch():
 
 def test_tokens_of_an_asr_list_are_their_own_labels(adapted):
     """Loss and scores are those of ESPnet's CTC."""
-    ctc = VocabularyCTC(ctc_vocabulary("ctc_vocabulary", None, adapted), WIDTH)
+    ctc = VocabularyCTC(label_vocabulary("key", None, adapted), WIDTH)
     reference = CTC(len(TOKENS), WIDTH)
     reference.load_state_dict(ctc.state_dict())
     hs, hlens, text, lengths = batch()
@@ -56,7 +57,7 @@ def test_tokens_of_an_asr_list_are_their_own_labels(adapted):
 
 
 def test_dropout_is_for_training(adapted):
-    ctc = VocabularyCTC(ctc_vocabulary("ctc_vocabulary", None, adapted), WIDTH, dropout_rate=0.5)
+    ctc = VocabularyCTC(label_vocabulary("key", None, adapted), WIDTH, dropout_rate=0.5)
     data = batch()
     assert ctc.loss(*data).nll.sum() != ctc.loss(*data).nll.sum()
     ctc.eval()
@@ -64,7 +65,7 @@ def test_dropout_is_for_training(adapted):
 
 
 def test_an_llms_own_tokens_have_labels_beside_blank(native):
-    vocabulary = ctc_vocabulary("ctc_vocabulary", None, native)
+    vocabulary = label_vocabulary("key", None, native)
     ctc = VocabularyCTC(vocabulary, WIDTH)
     hs, hlens, text, lengths = batch()
     assert ctc.ctc_lo.out_features == native.vocab_size + 1
@@ -92,7 +93,7 @@ def test_an_llms_own_tokens_have_labels_beside_blank(native):
 def test_pieces_beside_an_llms_own_tokens(native, pieces):
     import sentencepiece
 
-    vocabulary = ctc_vocabulary("ctc_vocabulary", pieces, native)
+    vocabulary = label_vocabulary("key", pieces, native)
     ctc = VocabularyCTC(vocabulary, WIDTH)
     sentences = ["the cat sat", "reading", ""]
     rows = [native.encode(sentence) for sentence in sentences]
@@ -112,7 +113,7 @@ def test_pieces_beside_an_llms_own_tokens(native, pieces):
 
 
 def test_pieces_beside_an_adapted_llm(adapted, pieces):
-    vocabulary = ctc_vocabulary("prefix_ctc_vocabulary", pieces, adapted)
+    vocabulary = label_vocabulary("key", pieces, adapted)
     labels, counts = vocabulary.targets(torch.tensor([[5, 3, 4]]), torch.tensor([3]))
     assert counts[0] == len(labels[0]) > 0
 
@@ -121,7 +122,7 @@ def test_pieces_beside_an_adapted_llm(adapted, pieces):
 def test_target_longer_than_the_frames_is_left_out(request, unit):
     """Counted with the blanks that repeated labels need; the others' losses are as without it."""
     units = request.getfixturevalue(unit)
-    ctc = VocabularyCTC(ctc_vocabulary("ctc_vocabulary", None, units), WIDTH)
+    ctc = VocabularyCTC(label_vocabulary("key", None, units), WIDTH)
     hs, _, text, lengths = batch()
     hlens = torch.tensor([4, 2, 6])  # 4 labels with one repetition need 5
     loss = ctc.loss(hs, hlens, text, lengths)
@@ -139,11 +140,13 @@ def test_target_longer_than_the_frames_is_left_out(request, unit):
 
 
 def test_bad_vocabularies(native, pieces, tmp_path):
-    with pytest.raises(UserError, match="model_conf: ctc_vocabulary: unknown option 'bpe'"):
-        ctc_vocabulary("ctc_vocabulary", {**pieces, "bpe": ""}, native)
+    with pytest.raises(UserError, match="key: unknown option 'bpe'"):
+        label_vocabulary("key", {**pieces, "bpe": ""}, native)
     with pytest.raises(UserError, match="needs token_list"):
-        ctc_vocabulary("ctc_vocabulary", {}, native)
+        label_vocabulary("key", {}, native)
     with pytest.raises(UserError, match="give their model as bpemodel, got None"):
-        ctc_vocabulary("ctc_vocabulary", {"token_list": pieces["token_list"]}, native)
+        label_vocabulary("key", {"token_list": pieces["token_list"]}, native)
     with pytest.raises(UserError, match="cannot be read"):
-        ctc_vocabulary("ctc_vocabulary", {"token_list": str(tmp_path / "none")}, native)
+        label_vocabulary(
+            "model_conf: ctc_vocabulary", {"token_list": str(tmp_path / "none")}, native
+        )
