@@ -4,7 +4,7 @@ B utterances, T encoder frames, E encoder width, P embeddings of the audio, U to
 the token list.
 """
 
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from espnet2.asr.ctc import CTC
@@ -24,6 +24,7 @@ from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.speech_llm import auxiliary
 from espnet_llm_plugin.speech_llm.auxiliary import CTCLoss, CTCVocabulary, VocabularyCTC
 from espnet_llm_plugin.speech_llm.decoder import Audio, SpeechLLMDecoder
+from espnet_llm_plugin.speech_llm.languages import NOT_GIVEN, train_only
 from espnet_llm_plugin.speech_llm.masking import mask_text
 from espnet_llm_plugin.speech_llm.prefix import PrefixInterface
 from espnet_llm_plugin.speech_llm.text_loss import TextLoss, text_loss
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     audio: Audio  # of the adapter
     text: Tensor  # (B, U) token ids, padded with EOS
     text_lengths: Tensor  # (B,)
+    languages: Optional[Tensor] = None  # (B,) numbers
 
     def select(self, rows: Tensor) -> "Batch":
         """The utterances at ``rows`` (K,), in that order."""
@@ -48,6 +50,7 @@ class Batch(NamedTuple):
             self.audio.select(rows),
             self.text[rows, : int(text_lengths.max())],
             text_lengths,
+            None if self.languages is None else self.languages[rows],
         )
 
 
@@ -70,12 +73,18 @@ class SpeechLLMModel(ESPnetASRModel):
         text_mask: fraction F of the input tokens that are hidden in training.
         text_mask_token: what replaces them; by default the unknown token.
         shuffled_audio: in validation, score each transcript with another utterance's audio too.
+        language_weight: weight of the cross-entropy of the predicted language, of a decoder with
+            ``language_prediction`` (default: 0.1).
+        train_languages: codes; the soft prompts of these languages (and their rows of the language
+            prediction) are trained alone, all else stays bit by bit as it was loaded.
         extract_feats_in_collect_stats: as in ESPnet.
 
     Statistics: ``loss`` = ``loss_ce`` + ctc_weight * ``loss_ctc`` + prefix_ctc_weight *
     ``loss_prefix_ctc``; ``ce_per_token`` (nats, no smoothing), ``acc`` (of tokens, given the ones
     before), ``num_skipped``, ``num_ctc_skipped`` and ``num_prefix_ctc_skipped`` (utterances with
-    more labels than frames, left out of that CTC only), and in validation ``shuffled_gap``: nats
+    more labels than frames, left out of that CTC only); with soft prompts of languages
+    ``num_no_language``, and if it is predicted ``loss_language`` (nats per utterance) and
+    ``acc_language``, of those that have one; and in validation ``shuffled_gap``: nats
     per token by which another utterance's audio is worse than its own. Near 0 the LLM ignores the
     audio, however low the loss; above 2 it relies on it.
     """
@@ -96,6 +105,8 @@ class SpeechLLMModel(ESPnetASRModel):
         text_mask: float = 0.0,
         text_mask_token: Optional[str] = None,
         shuffled_audio: bool = True,
+        language_weight: Optional[float] = None,
+        train_languages: Optional[Sequence[str]] = None,
         extract_feats_in_collect_stats: bool = True,
         **parts: Any,
     ):
@@ -111,6 +122,7 @@ class SpeechLLMModel(ESPnetASRModel):
             ("ctc_weight", ctc_weight, None),
             ("prefix_ctc_weight", prefix_ctc_weight, None),
             ("lsm_weight", lsm_weight, 1.0),
+            ("language_weight", language_weight or 0.0, None),
             ("text_mask", text_mask, 1.0),
         ):
             if value < 0 or (upper is not None and value >= upper):
@@ -150,6 +162,11 @@ class SpeechLLMModel(ESPnetASRModel):
         self.text_mask = text_mask
         self.mask_token = units.mask_token(text_mask_token) if text_mask else None
         self.shuffled_audio = shuffled_audio
+        if decoder.language_head is None and language_weight is not None:
+            raise UserError(
+                "model_conf: language_weight is given, but decoder_conf has no language_prediction"
+            )
+        self.language_weight = 0.1 if language_weight is None else language_weight
         if with_ctc:
             decoder.use_ctc(self.ctc)
             self.ctc.requires_grad_(ctc_weight > 0)
@@ -168,8 +185,19 @@ class SpeechLLMModel(ESPnetASRModel):
             raise UserError(
                 "model_conf: prefix_ctc_vocabulary is of a CTC, but prefix_ctc_weight is 0"
             )
+        self.train_languages = train_languages
+        if train_languages is not None:
+            train_only(self, train_languages, decoder.soft_prompt, decoder.language_head)
         self._skips = SkipLog()
         self._last_audio: Optional[Audio] = None
+
+    def train(self, mode: bool = True) -> "SpeechLLMModel":
+        super().train(mode)
+        if mode and self.train_languages is not None:
+            for part in self.children():  # no dropout, and no running means that move
+                part.eval()
+            self.decoder.llm.train()  # which gradient checkpointing needs
+        return self
 
     def forward(
         self,
@@ -192,13 +220,15 @@ class SpeechLLMModel(ESPnetASRModel):
             speech_lengths: (B,).
             text: (B, U) token ids; what is beyond ``text_lengths`` does not matter.
             text_lengths: (B,).
-            kwargs: ``utt_id``, the utterances' names.
+            kwargs: ``utt_id``, the utterances' names; ``lang`` (B, n) and ``lang_lengths`` (B,),
+                see :mod:`~espnet_llm_plugin.data.language_codes`.
         """
+        languages = self.decoder.soft_prompt.languages_of(kwargs)
         encoder_out, frame_lengths = self.encode(speech, speech_lengths)
         if isinstance(encoder_out, tuple):
             encoder_out = encoder_out[0]
         batch, skipped = self._usable(
-            encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id")
+            encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id"), languages
         )
         if batch is None:
             loss = encoder_out.sum() * 0.0 + zero_loss(self)
@@ -224,6 +254,9 @@ class SpeechLLMModel(ESPnetASRModel):
                 audio_outputs, batch.audio.lengths, batch.text, batch.text_lengths
             )
             loss = loss + self.prefix_ctc_weight * self._ctc_loss("prefix_ctc", ctc, stats)
+        if languages is not None:
+            stats["num_no_language"] = float((languages == NOT_GIVEN).sum())
+            loss = loss + self._language_loss(batch, stats)
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
         stats["loss"] = loss.detach()
@@ -234,6 +267,9 @@ class SpeechLLMModel(ESPnetASRModel):
         names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]
         for name, weight in (("ctc", self.ctc_weight), ("prefix_ctc", self.prefix_ctc_weight)):
             names += [f"loss_{name}", f"num_{name}_skipped"] if weight else []
+        if self.decoder.soft_prompt.languages is not None:
+            head = self.decoder.language_head is not None
+            names += ["num_no_language", *(["loss_language", "acc_language"] if head else [])]
         return [*names, *(["shuffled_gap"] if self._scores_shuffled_audio() else []), "loss"]
 
     def _ctc_loss(self, name: str, ctc: CTCLoss, stats: dict[str, Any]) -> Tensor:
@@ -241,6 +277,16 @@ class SpeechLLMModel(ESPnetASRModel):
         stats[f"loss_{name}"] = loss.detach()
         stats[f"num_{name}_skipped"] = ctc.num_skipped
         return loss
+
+    def _language_loss(self, batch: Batch, stats: dict[str, Any]) -> Union[Tensor, float]:
+        """What the prediction of the language adds to the loss."""
+        if self.decoder.language_head is None:
+            return 0.0
+        loss, accuracy = self.decoder.language_head.loss(
+            batch.encoder_out, batch.frame_lengths, batch.languages
+        )
+        stats["loss_language"], stats["acc_language"] = loss.detach(), accuracy.detach()
+        return self.language_weight * loss
 
     def _text_loss(self, batch: Batch, audio: Audio) -> tuple[TextLoss, Optional[Tensor]]:
         """Cross-entropy of text and EOS given ``audio``; the LLM's outputs at the audio."""
@@ -272,6 +318,7 @@ class SpeechLLMModel(ESPnetASRModel):
         if other is None:
             return own.nll.new_tensor(float("nan"))
         other = other.shorten(int(self.decoder.room(batch.text_lengths).min()))
+        other = other._replace(soft=batch.audio.soft)
         return self._text_loss(batch, other)[0].per_token() - own.per_token()
 
     def _usable(
@@ -281,11 +328,12 @@ class SpeechLLMModel(ESPnetASRModel):
         text: Tensor,
         text_lengths: Tensor,
         utt_ids: Optional[Sequence[str]],
+        languages: Optional[Tensor] = None,
     ) -> tuple[Optional[Batch], float]:
         """What can be trained on, and how many utterances cannot."""
         device = encoder_out.device
         frame_lengths, text_lengths = frame_lengths.to(device), text_lengths.to(device)
-        audio = self.decoder.adapt(encoder_out, frame_lengths)
+        audio = self.decoder.adapt(encoder_out, frame_lengths, languages)
         usable = (frame_lengths > 0) & (audio.lengths <= self.decoder.room(text_lengths))
         for i in (~usable).nonzero()[:, 0].tolist():
             name = utt_ids[i] if utt_ids is not None else "(unnamed utterance)"
@@ -296,7 +344,7 @@ class SpeechLLMModel(ESPnetASRModel):
                 what = f"audio ({int(audio.lengths[i])} embeddings), " if takes else ""
                 remedy = "stack more frames (adapter_conf), or " if takes else ""
                 why = (
-                    f"{what}prompt ({self.decoder.prompt.length} tokens) and text "
+                    f"{what}prompt ({self.decoder.prompt_length} tokens) and text "
                     f"({int(text_lengths[i])}) exceed the {self.decoder.context} tokens that the "
                     f"LLM can see; {remedy}train on shorter utterances"
                 )
@@ -308,7 +356,8 @@ class SpeechLLMModel(ESPnetASRModel):
         text = text.to(device)[:, : int(text_lengths.max())]
         inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
         text = text.masked_fill(~inside, self.eos)
-        batch = Batch(encoder_out, frame_lengths, audio, text, text_lengths).select(rows)
+        whole = Batch(encoder_out, frame_lengths, audio, text, text_lengths, languages)
+        batch = whole.select(rows)
         self._check_text(batch.text)
         return batch, skipped
 
@@ -323,9 +372,16 @@ class SpeechLLMModel(ESPnetASRModel):
 
     @torch.no_grad()
     def utterance_nll(
-        self, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        **language: Tensor,
     ) -> Tensor:
         """Exact -log P(text and EOS | speech) of each utterance (B,), in nats.
+
+        ``language`` may have ``lang`` and ``lang_lengths``, see :meth:`forward`.
 
         Raises:
             UserError: An utterance cannot be scored, see :meth:`forward`.
@@ -333,7 +389,10 @@ class SpeechLLMModel(ESPnetASRModel):
         encoder_out, frame_lengths = self.encode(speech, speech_lengths)
         if isinstance(encoder_out, tuple):
             encoder_out = encoder_out[0]
-        batch, skipped = self._usable(encoder_out, frame_lengths, text, text_lengths, None)
+        languages = self.decoder.soft_prompt.languages_of(language) if language else None
+        batch, skipped = self._usable(
+            encoder_out, frame_lengths, text, text_lengths, None, languages
+        )
         if batch is None or skipped:
             raise UserError(f"{int(skipped)} utterances have no score; see the warnings above")
         return self._text_loss(batch, batch.audio)[0].nll
