@@ -24,7 +24,7 @@ from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.speech_llm import auxiliary
 from espnet_llm_plugin.speech_llm.auxiliary import CTCLoss, CTCVocabulary, VocabularyCTC
 from espnet_llm_plugin.speech_llm.decoder import Audio, SpeechLLMDecoder
-from espnet_llm_plugin.speech_llm.languages import NOT_GIVEN, train_only
+from espnet_llm_plugin.speech_llm.languages import train_only
 from espnet_llm_plugin.speech_llm.masking import mask_text
 from espnet_llm_plugin.speech_llm.prefix import PrefixInterface
 from espnet_llm_plugin.speech_llm.text_loss import TextLoss, text_loss
@@ -255,7 +255,7 @@ class SpeechLLMModel(ESPnetASRModel):
             )
             loss = loss + self.prefix_ctc_weight * self._ctc_loss("prefix_ctc", ctc, stats)
         if languages is not None:
-            stats["num_no_language"] = float((languages == NOT_GIVEN).sum())
+            stats["num_no_language"] = float(self.decoder.soft_prompt.num_unknown(languages))
             loss = loss + self._language_loss(batch, stats)
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)

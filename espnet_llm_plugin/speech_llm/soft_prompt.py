@@ -187,6 +187,10 @@ class SoftPrompt(LanguageRows):
         """
         return None if self.languages is None else self.languages.of_batch(data)
 
+    def num_unknown(self, languages: Tensor) -> int:
+        """How many of the numbers (B,) are of no language of the model."""
+        return int(((languages < 0) | (languages >= len(self.languages))).sum())
+
     def forward(self, languages: Optional[Tensor], batch: int) -> Optional[Tensor]:
         """Vectors (B, K, D), or None if there are none.
 
