@@ -10,6 +10,7 @@ import yaml
 
 from espnet_llm_plugin.bin import add_languages, asr_inference, score_language_id
 from espnet_llm_plugin.errors import UserError
+from tests.integration.test_distributed_training import by_torchrun
 from tests.integration.test_speech_llm_training import (
     UTTERANCES,
     data,
@@ -116,6 +117,24 @@ def test_training_with_wrong_languages(data, utt2lang, task, tmp_path, line, mes
     command = training(data, tmp_path, conf(), "--max_epoch", "1", *options, llm=data / "llm")
     with pytest.raises(UserError, match=message):
         task.main(cmd=command)
+
+
+def test_two_processes(data, task, tmp_path):
+    """Every parameter has its gradient, though a process may have no language, or no utterance with
+    one: means of that are left out."""
+    lines = [f"utt{i:02d} {'en' if i == 0 else 'unk'}\n" for i in range(UTTERANCES)]
+    (tmp_path / "utt2lang").write_text("".join(lines))
+    exp = tmp_path / "exp"
+    options = ("--max_epoch", "2", *lang(tmp_path / "utt2lang"))
+    command = training(data, exp, conf("lora"), *options, llm=data / "llm")
+    by_torchrun("espnet2.bin.asr_train", command, tmp_path)
+    first, second = state(exp / "1epoch.pth"), state(exp / "2epoch.pth")
+    for name in ("lang_en", "unk"):
+        key = f"decoder.soft_prompt.{name}"
+        assert not torch.equal(first[key], second[key]) and second[key].isfinite().all()
+    stats = torch.load(exp / "checkpoint.pth", weights_only=False)["reporter"]["stats"]
+    train = stats[2]["train"]
+    assert float(train["loss"]) > 0 and float(train["num_no_language"]) > 0
 
 
 def test_decoding(data, utt2lang, trained, tmp_path, capsys):
