@@ -40,9 +40,8 @@ def test_configuration(tmp_path, name):
     assert not decoder.llm.is_loaded
     parts = (model.encoder, decoder.adapter)
     parameters = sum(p.numel() for part in parts for p in part.parameters())
-    if not mini:
-        stated = re.search(r"([\d.]+) M\s+(# )?parameters", text)
-        assert stated[1] == f"{parameters / 1e6:.0f}"
+    stated = re.search(r"([\d.]+) M\s+(# )?parameters", text)
+    assert stated[1] in (f"{parameters / 1e6:.0f}", f"{parameters / 1e6:.1f}")
     size = sum(p.numel() for p in decoder.soft_prompt.parameters())
     rows = 9 if "lang" in name else 1  # with the unknown language
     assert size == rows * conf["decoder_conf"]["soft_prompt_conf"]["length"] * (
