@@ -78,6 +78,12 @@ ENTRIES = (
         "adapter and LLM (frozen, lora, full) that reads the audio; scores text step by step",
     ),
     Entry(
+        "preprocessor",
+        "multilingual",
+        "espnet_llm_plugin.data.preprocessor:MultilingualPreprocessor",
+        "ESPnet's default, which also carries the language of an utterance (utt2lang)",
+    ),
+    Entry(
         "lm",
         "causal_llm",
         "espnet_llm_plugin.llm.causal_llm:CausalLLM",
@@ -103,6 +109,7 @@ CHOICES = {
     "postencoder": ("espnet2.tasks.asr", "postencoder_choices"),
     "model": ("espnet2.tasks.asr", "model_choices"),
     "decoder": ("espnet2.tasks.asr", "decoder_choices"),
+    "preprocessor": ("espnet2.tasks.asr", "preprocessor_choices"),
     "lm": ("espnet2.tasks.lm", "lm_choices"),
     "lm_model": ("espnet2.tasks.lm", "model_choices"),  # --model of LMTask
     "optim": ("espnet2.tasks.abs_task", "optim_classes"),  # a dictionary
@@ -153,5 +160,5 @@ def table() -> str:
     """Return all names with their descriptions, one a line."""
     width = max(len(entry.name) for entry in ENTRIES)
     return "\n".join(
-        f"{entry.kind:11s} {entry.name:{width}s}  {entry.description}" for entry in ENTRIES
+        f"{entry.kind:12s} {entry.name:{width}s}  {entry.description}" for entry in ENTRIES
     )

@@ -7,6 +7,7 @@ from typing import Optional, Sequence
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.inference.languages import add_language_options
 from espnet_llm_plugin.scoring.bootstrap import positive_int
 
 
@@ -41,6 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--ngpu", type=int, default=0, help="0: CPU, 1: GPU")
     parser.add_argument("--log_level", default="INFO")
+    add_language_options(parser)
     return parser
 
 
@@ -49,6 +51,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s: %(message)s")
     from espnet_llm_plugin.data.atomic import atomic_write
     from espnet_llm_plugin.inference.audio_use import embedding_ms, measure, spread, write
+    from espnet_llm_plugin.inference.languages import given_languages
     from espnet_llm_plugin.inference.loading import load_asr
     from espnet_llm_plugin.inference.utterances import read_keys
     from espnet_llm_plugin.scoring.trn import read_token_ids
@@ -67,6 +70,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     batches = read_batches(
         asr.train_args, data, str(key_file), batch_size=1, num_workers=args.num_workers
     )
+    languages = given_languages(args, asr.model, keys)
+    if languages is not None:
+        batches = languages.with_codes(batches)
     measured = measure(asr.model, batches, hypotheses)
     write(measured, args.output_dir, embedding_ms(asr.model, vars(asr.train_args)))
     for name, value in measured.use.as_dict().items():

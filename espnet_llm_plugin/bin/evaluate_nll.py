@@ -8,6 +8,7 @@ from typing import Optional, Sequence
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.inference.languages import add_language_options
 from espnet_llm_plugin.inference.options import add_model_options
 
 
@@ -40,6 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ngpu", type=int, default=0, help="0: CPU, 1: GPU")
     parser.add_argument("--log_level", default="INFO")
     add_model_options(parser)
+    add_language_options(parser)
     return parser
 
 
@@ -47,7 +49,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
     args = get_parser().parse_args(cmd)
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s: %(message)s")
     from espnet_llm_plugin.data.atomic import atomic_write
+    from espnet_llm_plugin.inference.languages import given_languages
     from espnet_llm_plugin.inference.loading import load_asr
+    from espnet_llm_plugin.inference.utterances import read_keys
     from espnet_llm_plugin.transducer.evaluate import corpus_nll, read_batches
 
     device = "cuda" if args.ngpu > 0 else "cpu"
@@ -66,6 +70,11 @@ def main(cmd: Optional[Sequence[str]] = None) -> int:
         args.batch_size,
         args.num_workers,
     )
+    data = args.data_path_and_name_and_type
+    speech = next(path for path, name, _ in data if name == "speech")
+    languages = given_languages(args, loaded.model, read_keys(args.key_file or speech))
+    if languages is not None:
+        batches = languages.with_codes(batches)
     report = corpus_nll(loaded.model, batches).as_dict()
     with atomic_write(Path(args.output_dir) / "nll.json") as stream:
         json.dump(report, stream, indent=2)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.data.language_codes import NAME
 from espnet_llm_plugin.encoder.stride import encoder_frame_ms
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.ctc_agreement import AgreementSums
@@ -109,7 +110,8 @@ def measure(
 
     Args:
         model: A :class:`SpeechLLMModel`; put in evaluation mode.
-        batches: Utterance names and ``speech, speech_lengths, text, text_lengths``.
+        batches: Utterance names and ``speech, speech_lengths, text, text_lengths``; ``lang`` and
+            ``lang_lengths`` if the languages are given.
         hypotheses: Token ids by utterance.
 
     Raises:
@@ -171,7 +173,8 @@ def _utterances(
         if isinstance(encoder_out, tuple):  # with intermediate CTC outputs
             encoder_out = encoder_out[0]
         text_lengths = batch["text_lengths"]
-        audio = model.decoder.adapt(encoder_out, frames)
+        languages = model.decoder.soft_prompt.languages_of(batch) if NAME in batch else None
+        audio = model.decoder.adapt(encoder_out, frames, languages)
         fits = (audio.lengths <= model.decoder.room(text_lengths)) & (audio.lengths > 0)
         for i, name in enumerate(names):
             if not (bool(fits[i]) and int(frames[i]) and int(text_lengths[i])):
@@ -223,15 +226,16 @@ def _attention(decoder: SpeechLLMDecoder, one: Utterance) -> np.ndarray:
     """Share of the audio by layer (K,)."""
     tokens = torch.nn.functional.pad(one.text, (1, 0), value=decoder.prompt.sos)
     lengths = torch.tensor([tokens.size(1)], device=tokens.device)
-    prompt = {"before": decoder.prompt.before, "after": decoder.prompt.after}
-    mass = decoder.interface.attention_mass(*one.audio, tokens, lengths, **prompt)
+    embeddings, audio_lengths, soft = one.audio
+    prompt = {"before": decoder.prompt.before, "after": decoder.prompt.after, "soft": soft}
+    mass = decoder.interface.attention_mass(embeddings, audio_lengths, tokens, lengths, **prompt)
     return mass[0].float().cpu().numpy()
 
 
 def _uniform(decoder: SpeechLLMDecoder, one: Utterance) -> float:
     """The share if each token gave the same to all positions it sees, itself included."""
     embeddings = one.audio.embeddings.size(1)
-    others = decoder.prompt.length + np.arange(one.text.size(1) + 1)
+    others = decoder.prompt_length + np.arange(one.text.size(1) + 1)
     return float((embeddings / (embeddings + others)).mean())
 
 
@@ -240,7 +244,7 @@ def _with_other_audio(
 ) -> None:
     """Measure ``one`` with the audio of another utterance, as much as the context holds."""
     text_lengths = torch.tensor([one.text.size(1)], device=one.text.device)
-    other = other.shorten(int(decoder.room(text_lengths)))
+    other = other.shorten(int(decoder.room(text_lengths)))._replace(soft=one.audio.soft)
     use.other_nll = _nll(decoder, one, other)
     if use.order is not None:
         use.other_order = monotonicity(_similarity(decoder, other, one.text))

@@ -1,6 +1,6 @@
 """Utterances of similar length in batches."""
 
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
@@ -9,10 +9,11 @@ WINDOW = 16
 
 
 class Utterance(NamedTuple):
-    """An utterance id and its samples (N,) or features (N, F)."""
+    """An utterance id, its samples (N,) or features (N, F), and its language if that is given."""
 
     utt: str
     speech: np.ndarray
+    lang: Optional[str] = None
 
 
 def by_length(utterances: Iterable[Utterance], batch_size: int) -> Iterator[list[Utterance]]:

@@ -14,6 +14,7 @@ from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
+from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
 from espnet_llm_plugin.inference.loading import load_asr, load_lm
 from espnet_llm_plugin.inference.options import (
     add_model_options,
@@ -81,15 +82,17 @@ def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None)
         key_file=args.key_file,
         dtype=args.dtype,
     )
+    languages = given_languages(args, asr.model, data.keys)
     logging.info(
         f"{len(data)} utterances in batches of {args.batch_size}, {recognizer.scales}, "
         f"beam {args.beam_size}"
     )
     writer = ResultWriter(
-        args.output_dir, identity(args, [args.asr_model_file, args.lm_file, args.predictor_file])
+        args.output_dir,
+        identity(args, [args.asr_model_file, args.lm_file, args.predictor_file, args.utt2lang]),
     )
     try:
-        decode_all(recognizer, data, writer, args.num_workers, args.batch_size)
+        decode_all(recognizer, data, writer, args.num_workers, args.batch_size, languages)
     finally:
         writer.close()
     summary = writer.finish(data.keys)
@@ -156,6 +159,7 @@ def decode_all(
     writer: ResultWriter,
     num_workers: int = 0,
     batch_size: int = 1,
+    languages: Optional[GivenLanguages] = None,
 ) -> None:
     """Decode what ``writer`` does not have yet. Failures are kept as empty hypotheses."""
     if writer.records:
@@ -182,7 +186,8 @@ def decode_all(
             if reason:
                 keep(utt, [], reason)
             else:
-                yield Utterance(utt, speech)
+                lang = None if languages is None else languages.of([utt])[0]
+                yield Utterance(utt, speech, lang)
 
     for batch in by_length(readable(), batch_size):
         try:
@@ -221,7 +226,8 @@ def timed(
     if encoder_out.is_cuda:
         torch.cuda.synchronize()
     middle = time.perf_counter()
-    lists = recognizer.decode(encoder_out, lengths)
+    codes = [[utterance.lang for utterance in batch]] if recognizer.asr.is_speech_llm else []
+    lists = recognizer.decode(encoder_out, lengths, *codes)
     end, cpu_end = time.perf_counter(), time.process_time()
     total = sum(len(utterance.speech) for utterance in batch)
     results = []

@@ -15,6 +15,7 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
+from espnet_llm_plugin.inference.languages import given_languages
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import build_search, encode
@@ -52,7 +53,7 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
 def model_files(args: argparse.Namespace) -> list[Optional[str]]:
     """Files that the results depend on."""
     files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
-    return [*files, args.predictor_file, args.text]
+    return [*files, args.predictor_file, args.text, args.utt2lang]
 
 
 class HeldOut:
@@ -64,6 +65,7 @@ class HeldOut:
     Attributes:
         asr: Recogniser.
         has_lm: Whether there is an external LM.
+        languages: Of the utterances, if the model knows any.
         seconds: Durations of waveforms, once they are read.
         search: Of a transducer or CTC, with the LM.
         speech_llm: Recogniser of a speech LLM.
@@ -106,6 +108,7 @@ class HeldOut:
             sample_rate=self.asr.sample_rate,
             key_file=args.key_file,
         )
+        self.languages = given_languages(args, self.asr.model, self.data.keys)
         self.seconds: dict[str, float] = {}
         self._batch_size = args.batch_size
 

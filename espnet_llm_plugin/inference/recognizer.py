@@ -3,8 +3,8 @@
 B utterances, T frames, D encoder size, V tokens, L labels (label = token id - 1).
 """
 
-from dataclasses import dataclass
-from typing import Optional, Sequence, Union
+from dataclasses import dataclass, field
+from typing import Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -28,12 +28,17 @@ Samples = Union[np.ndarray, torch.Tensor]
 
 @dataclass(frozen=True)
 class Recognition:
-    """One entry of an n-best list: text (None without a tokenizer), tokens, and the scores."""
+    """One entry of an n-best list: text (None without a tokenizer), tokens, and the scores.
+
+    Of a model that knows languages also their codes: ``lang``, of the soft prompt, and
+    ``lang_predicted``.
+    """
 
     text: Optional[str]
     tokens: list[str]
     token_ids: list[int]
     hypothesis: Hypothesis
+    languages: Mapping[str, str] = field(default_factory=dict)
 
 
 class Recognizer:

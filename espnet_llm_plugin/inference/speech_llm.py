@@ -4,7 +4,7 @@ B utterances, S segments (B if none is cut), T frames, D encoder size, V tokens.
 """
 
 import logging
-from typing import Callable, Collection, NamedTuple, Optional, Sequence
+from typing import Callable, Collection, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from espnet.nets.scorer_interface import BatchScorerInterface
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError, UtteranceError
+from espnet_llm_plugin.inference.languages import LANG, PREDICTED
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.inference.recognizer import Recognition, Samples, encode
 from espnet_llm_plugin.inference.speech_llm_options import SpeechLLMOptions
+from espnet_llm_plugin.speech_llm.decoder import Audio
 from espnet_llm_plugin.speech_llm.guards import length_limits
 from espnet_llm_plugin.speech_llm.heads.vocabulary import TokenVocabulary
 from espnet_llm_plugin.speech_llm.hypothesis import (
@@ -26,6 +28,7 @@ from espnet_llm_plugin.speech_llm.hypothesis import (
     SearchWeights,
 )
 from espnet_llm_plugin.speech_llm.joint_ctc import JointCTC
+from espnet_llm_plugin.speech_llm.languages import NOT_GIVEN
 from espnet_llm_plugin.speech_llm.long_form import Segment, joined, stitch
 from espnet_llm_plugin.speech_llm.scorers import ESPnetLM, LLMScorer
 from espnet_llm_plugin.speech_llm.search import LabelSearch, TokenScorer
@@ -93,13 +96,15 @@ class SpeechLLMRecognizer:
         self._forbidden = tuple((~self.decoder.scored).nonzero().flatten().tolist())
         check_options(asr, options, has_lm=lm is not None)
 
-    def __call__(self, speech: Samples) -> list[Recognition]:
-        """The n-best list of samples (N,) or features (N, F)."""
-        return self.batch([speech])[0]
+    def __call__(self, speech: Samples, lang: Optional[str] = None) -> list[Recognition]:
+        """The n-best list of samples (N,) or features (N, F), in a language if it is known."""
+        return self.batch([speech], [lang])[0]
 
-    def batch(self, speech: Sequence[Samples]) -> list[list[Recognition]]:
-        """The n-best lists of B utterances, decoded together."""
-        return self.decode(*self.encode(speech))
+    def batch(
+        self, speech: Sequence[Samples], codes: Sequence[Optional[str]] = ()
+    ) -> list[list[Recognition]]:
+        """The n-best lists of B utterances, decoded together; see :meth:`decode`."""
+        return self.decode(*self.encode(speech), codes)
 
     @torch.inference_mode()
     def encode(self, speech: Sequence[Samples]) -> tuple[torch.Tensor, Segments]:
@@ -130,8 +135,24 @@ class SpeechLLMRecognizer:
         )
 
     @torch.inference_mode()
-    def decode(self, encoder_out: torch.Tensor, segments: Segments) -> list[list[Recognition]]:
-        """The n-best lists of B utterances from encoder outputs (S, T, D)."""
+    def decode(
+        self,
+        encoder_out: torch.Tensor,
+        segments: Segments,
+        codes: Sequence[Optional[str]] = (),
+    ) -> list[list[Recognition]]:
+        """The n-best lists of B utterances from encoder outputs (S, T, D).
+
+        Args:
+            encoder_out, segments: From :meth:`encode`.
+            codes: Languages of the utterances (B), None where that is not given; or none at all.
+
+        Raises:
+            UserError: A language that the model does not know.
+        """
+        # 0. The language of each utterance, which its segments have in common.
+        number = 1 + segments.utterances[-1]
+        languages, said = self._languages(encoder_out, segments, codes or [None] * number)
         # 1. Segments of similar length together, at most as many as a batch has.
         order = segments.lengths.argsort(descending=True).tolist()
         size = max(self.options.batch_size, 1 + segments.utterances[-1])
@@ -141,22 +162,56 @@ class SpeechLLMRecognizer:
             lengths = segments.lengths[some]
             seconds = [segments.seconds[i] for i in some]
             rows = encoder_out[some][:, : int(lengths.max())]
-            for i, hyps in zip(some, self.search(rows, lengths, seconds)):
+            theirs = None
+            if languages is not None:
+                theirs = languages[[segments.utterances[i] for i in some]]
+            for i, hyps in zip(some, self.search(rows, lengths, seconds, theirs)):
                 lists[i] = hyps
         # 2. Stitched.
-        number = 1 + segments.utterances[-1]
         parts: list[list[list[LabelHypothesis]]] = [[] for _ in range(number)]
         for utterance, hyps in zip(segments.utterances, lists):
             parts[utterance].append(hyps)
         return [
-            [self.recognition(hyps) for hyps in stitch(mine, self.options.nbest)] for mine in parts
+            [self.recognition(hyps, their) for hyps in stitch(mine, self.options.nbest)]
+            for mine, their in zip(parts, said)
         ]
+
+    def _languages(
+        self, encoder_out: torch.Tensor, segments: Segments, codes: Sequence[Optional[str]]
+    ) -> tuple[Optional[torch.Tensor], list[dict[str, str]]]:
+        """Numbers of the languages (B,), or None; and what results say of them."""
+        numbers = self.language_numbers(codes)
+        if numbers is None:
+            return None, [{} for _ in codes]
+        languages, head = self.decoder.soft_prompt.languages, self.decoder.language_head
+        if head is None:
+            return numbers, [{LANG: languages.code_of(n)} for n in numbers.tolist()]
+        # of the mean of all frames of an utterance, whatever segments they are in
+        frames = segments.lengths.to(encoder_out.device)
+        utterances = torch.tensor(segments.utterances, device=encoder_out.device)
+        logits = head(encoder_out, frames) * frames[:, None]
+        total = logits.new_zeros(len(codes), logits.size(1)).index_add_(0, utterances, logits)
+        predicted = total.argmax(dim=1)
+        numbers = torch.where(numbers == NOT_GIVEN, predicted, numbers)
+        return numbers, [
+            {LANG: languages.code_of(used), PREDICTED: languages.code_of(likeliest)}
+            for used, likeliest in zip(numbers.tolist(), predicted.tolist())
+        ]
+
+    def language_numbers(self, codes: Sequence[Optional[str]]) -> Optional[torch.Tensor]:
+        """Numbers of languages (B,), see :mod:`~espnet_llm_plugin.speech_llm.languages`; None if
+        the model knows no languages."""
+        languages = self.decoder.soft_prompt.languages
+        if languages is None:
+            return None
+        return torch.tensor(languages.numbers(codes), device=self.device)
 
     def search(
         self,
         encoder_out: torch.Tensor,
         lengths: torch.Tensor,
         seconds: Optional[Sequence[Optional[float]]] = None,
+        languages: Optional[torch.Tensor] = None,
     ) -> list[list[LabelHypothesis]]:
         """N-best lists of encoder outputs (B, T, D) of ``lengths`` (B,) frames.
 
@@ -164,11 +219,13 @@ class SpeechLLMRecognizer:
             encoder_out: On the model's device.
             lengths: Frames.
             seconds: Durations (B), for the limit of tokens a second.
+            languages: Numbers (B,), from :meth:`language_numbers`; None: not given.
 
         Raises:
             UtteranceError: The audio does not fit the LLM's context.
         """
-        prepared = self.prepare(encoder_out, lengths, seconds, self.options.weights.by_scorer())
+        used = self.options.weights.by_scorer()
+        prepared = self.prepare(encoder_out, lengths, seconds, used, languages)
         return self.search_prepared(prepared, self.options.weights)
 
     @torch.inference_mode()
@@ -178,11 +235,12 @@ class SpeechLLMRecognizer:
         lengths: torch.Tensor,
         seconds: Optional[Sequence[Optional[float]]],
         used: Collection[str],
+        languages: Optional[torch.Tensor] = None,
     ) -> Prepared:
         """What searches of a batch with different weights have in common.
 
         Args:
-            encoder_out, lengths, seconds: See :meth:`search`.
+            encoder_out, lengths, seconds, languages: See :meth:`search`.
             used: Names of the scorers that some search needs.
         """
         options = self.options
@@ -195,13 +253,14 @@ class SpeechLLMRecognizer:
             max_tokens_per_second=options.max_tokens_per_second,
         )
         scorers: dict[str, Callable[[], TokenScorer]] = {}
+        if DECODER in used or TEXT_LM in used:
+            audio = self.decoder.adapt(encoder_out, lengths, languages)
         if DECODER in used:
-            audio = self.decoder.adapt(encoder_out, lengths)
             longest = self._within_context(audio.lengths.tolist(), longest)
-            scorers[DECODER] = self._llm(audio.embeddings, audio.lengths)
-        if TEXT_LM in used:
+            scorers[DECODER] = self._llm(audio)
+        if TEXT_LM in used:  # with the same soft prompt
             nothing = encoder_out.new_zeros(len(encoder_out), 0, self.decoder.llm.hidden_size)
-            scorers[TEXT_LM] = self._llm(nothing, torch.zeros_like(lengths))
+            scorers[TEXT_LM] = self._llm(Audio(nothing, torch.zeros_like(lengths), audio.soft))
         if LM in used:
             units = self.units
             scorers[LM] = lambda: ESPnetLM(self.lm, units.vocab_size, units.eos, self.device)
@@ -244,15 +303,14 @@ class SpeechLLMRecognizer:
             device=self.device,
         )
 
-    def _llm(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> Callable[[], TokenScorer]:
-        """Scorers that begin after prompt and audio embeddings (B, P, D), of which (B,) count."""
-        prompt = self.decoder.prompt
-        state = self.decoder.interface.start(embeddings, lengths, prompt.before, prompt.after)
+    def _llm(self, audio: Audio) -> Callable[[], TokenScorer]:
+        """Scorers that begin after prompt and audio."""
+        state = self.decoder.start_after(audio)
         return lambda: LLMScorer(self.decoder, state, self.decoder.scored)
 
     def _within_context(self, embeddings: Sequence[int], longest: Sequence[int]) -> list[int]:
         """Length limits (B) that the LLM's context allows after so many embeddings (B)."""
-        context, prompt = self.decoder.context, self.decoder.prompt.length
+        context, prompt = self.decoder.context, self.decoder.prompt_length
         if context is None:
             return list(longest)
         taken = embeddings if self.decoder.interface.audio_takes_positions else [0] * len(longest)
@@ -265,7 +323,9 @@ class SpeechLLMRecognizer:
             )
         return [min(most, tokens) for most, tokens in zip(longest, room)]
 
-    def recognition(self, hyps: Sequence[LabelHypothesis]) -> Recognition:
+    def recognition(
+        self, hyps: Sequence[LabelHypothesis], languages: Optional[Mapping[str, str]] = None
+    ) -> Recognition:
         """Tokens and text of the hypotheses of an utterance's segments."""
         texts = [self.text(hyp.tokens) for hyp in hyps]
         whole = joined(hyps)
@@ -275,7 +335,7 @@ class SpeechLLMRecognizer:
             # A language that separates words needs a space where segments meet.
             space = " " if self._has_spaces else ""
             text = space.join(filter(None, texts))
-        return Recognition(text, self.asr.text.tokens(ids), ids, whole)
+        return Recognition(text, self.asr.text.tokens(ids), ids, whole, languages or {})
 
     def text(self, tokens: Sequence[int]) -> Optional[str]:
         """Text of token ids; None without a tokenizer."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.languages import add_language_options
 from espnet_llm_plugin.speech_llm.guards import RepetitionGuard
 from espnet_llm_plugin.speech_llm.hypothesis import END_DETECTION, SearchWeights
 from espnet_llm_plugin.speech_llm.long_form import METHODS, LongForm
@@ -101,6 +102,7 @@ def add_speech_llm_options(parser: argparse.ArgumentParser, weights: bool = True
         default=1.0,
         help="Seconds beyond each cut that the encoder sees",
     )
+    add_language_options(parser)
 
 
 def _add_weights(group: argparse._ArgumentGroup) -> None:

@@ -60,7 +60,9 @@ def run_part(
         lengths = torch.tensor([len(one) for one in encoded])
         seconds = [held_out.seconds.get(utt) for utt in utts]
         padded = pad_sequence(encoded, batch_first=True)
-        prepared = recognizer.prepare(padded, lengths, seconds, used)
+        codes = [None] * len(utts) if held_out.languages is None else held_out.languages.of(utts)
+        languages = recognizer.language_numbers(codes)
+        prepared = recognizer.prepare(padded, lengths, seconds, used, languages)
         found = [recognizer.search_prepared(prepared, weights) for weights in grid]
         for utt, lists in zip(utts, zip(*found)):
             texts[utt] = [recognizer.recognition(hyps[:1]).text for hyps in lists]

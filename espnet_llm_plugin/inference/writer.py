@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence, Union
 
 from espnet_llm_plugin.data.atomic import atomic_write
+from espnet_llm_plugin.inference.languages import LANG, PREDICTED
 from espnet_llm_plugin.inference.recognizer import Recognition
 
 PARTIAL = ".partial.jsonl"
 PIECES = "streaming.jsonl"
 FILES = ("token", "token_int", "score", "text")
+LANGUAGES = (LANG, PREDICTED)  # files of models that know languages
 
 
 class ResultWriter:
@@ -75,6 +77,7 @@ class ResultWriter:
         self._stream.close()
         records = [self.records[key] for key in keys]
         longest = max(len(record["nbest"]) for record in records)
+        languages = [name for name in LANGUAGES if any(name in r["nbest"][0] for r in records)]
         for n in range(longest):
             having = [(r["utt"], r["nbest"][n]) for r in records if n < len(r["nbest"])]
             for name in FILES:
@@ -82,6 +85,9 @@ class ResultWriter:
                     stream.writelines(
                         f"{utt} {entry[name]}\n" for utt, entry in having if entry[name] is not None
                     )
+        for name in languages:
+            with atomic_write(self.directory / "1best_recog" / name) as stream:
+                stream.writelines(f"{r['utt']} {r['nbest'][0].get(name, '')}\n" for r in records)
         with atomic_write(self.directory / "nbest.jsonl") as stream:
             for record in records:
                 for rank, entry in enumerate(record["nbest"], 1):
@@ -145,6 +151,7 @@ def _entry(recognition: Recognition) -> dict[str, Any]:
         "token": " ".join(recognition.tokens),
         "token_int": " ".join(map(str, recognition.token_ids)),
         "score": str(hypothesis.total),
+        **recognition.languages,
         **hypothesis.parts(),
     }
 

@@ -1,7 +1,7 @@
-"""The scale of an LLM's text embeddings, without loading the LLM."""
+"""An LLM's text embeddings, and their scale, without loading the LLM."""
 
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Sequence, Union
 
 import torch
 
@@ -22,6 +22,29 @@ def text_embedding_scale(llm: Union[str, Path], rows: int) -> float:
     Raises:
         UserError: The weight files have no table of input embeddings that can be told from others.
     """
+    table = _table(llm)
+    weight = _read(table.file, table.key)[:rows].float()
+    return float(weight.square().mean().sqrt()) * table.scale
+
+
+def text_embeddings(llm: Union[str, Path], ids: Sequence[int]) -> torch.Tensor:
+    """Embeddings (n, D) float32 of token ids (n), as the first layer gets them.
+
+    Reads these rows of the weight files. Errors as for :func:`text_embedding_scale`.
+    """
+    table = _table(llm)
+    return _read_rows(table.file, table.key, ids).float() * table.scale
+
+
+class _Table(NamedTuple):
+    """Where the input embeddings are."""
+
+    file: Path
+    key: str
+    scale: float  # of the rows
+
+
+def _table(llm: Union[str, Path]) -> _Table:
     directory = resolve_llm(llm)
     table, name = _input_embeddings(load_config(directory))
     found = [
@@ -35,9 +58,8 @@ def text_embedding_scale(llm: Union[str, Path], rows: int) -> float:
             f"the weight files of LLM {llm} have {len(found)} tensors called {name}; expected one. "
             "Save the model again with transformers' save_pretrained"
         )
-    weight = _read(*found[0])[:rows].float()
     # Gemma 3's embedding layer multiplies its rows by the root of their width
-    return float(weight.square().mean().sqrt()) * float(getattr(table, "scalar_embed_scale", 1.0))
+    return _Table(*found[0], float(getattr(table, "scalar_embed_scale", 1.0)))
 
 
 def _input_embeddings(config: Any) -> tuple[torch.nn.Module, str]:
@@ -65,3 +87,13 @@ def _read(file: Path, key: str) -> torch.Tensor:
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(key)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[key]
+
+
+def _read_rows(file: Path, key: str, ids: Sequence[int]) -> torch.Tensor:
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as tensors:
+            rows = tensors.get_slice(key)
+            return torch.cat([rows[i : i + 1] for i in ids])
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[key][list(ids)]

@@ -113,11 +113,11 @@ class CrossAttentionInterface(Interface):
         """How much each cross-attention layer adds, tanh(gate): (layers,), 0 at first."""
         return torch.stack([layer.gate for layer in self.layers]).detach().tanh()
 
-    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=()):
+    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=(), soft=None):
         model = self.llm.model(audio.device)
         audio, lengths = self._audio(audio, audio_lengths)
-        tokens, _ = self._tokens((*before, *after), len(audio), audio.device)
-        tokens = torch.cat([tokens, self.llm.embed(text)], dim=1)
+        prompt = self._prompt(audio, before, soft, after)
+        tokens = torch.cat([prompt, self.llm.embed(text)], dim=1)
         check_length(tokens.size(1), self.llm.context, "prompt and text")
         _hook(model)
         reading = _Crossing(self, self._project(audio), length_mask(lengths, audio.size(1)))
@@ -125,14 +125,20 @@ class CrossAttentionInterface(Interface):
         reading.check()
         return llm_logits(model, outputs[:, tokens.size(1) - text.size(1) :]), {}
 
+    def _prompt(self, audio: Tensor, before: tuple, soft: Optional[Tensor], after: tuple) -> Tensor:
+        """Embeddings (B, n, D) of what comes before the text."""
+        first, _ = self._before(before, soft, len(audio), audio.device)
+        return torch.cat([first, self._tokens(after, len(audio), audio.device)[0]], dim=1)
+
     def _project(self, audio: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [layer.project(audio) for layer in self.layers]
 
-    def _start(self, audio, audio_lengths, before, after):
+    def _start(self, audio, audio_lengths, before, after, soft=None):
         model = self.llm.model(audio.device)
         _hook(model)
         audio, lengths = self._audio(audio, audio_lengths)
-        tokens, token_lengths = self._tokens((*before, *after), len(audio), audio.device)
+        tokens = self._prompt(audio, before, soft, after)
+        token_lengths = torch.full((len(audio),), tokens.size(1), device=audio.device)
         check_length(tokens.size(1), self.llm.context, "the prompt's tokens")
         keys = SharedKeys(len(audio), tokens.size(1) + ROOM)
         keys.cross, keys.audio = self._project(audio), length_mask(lengths, audio.size(1))

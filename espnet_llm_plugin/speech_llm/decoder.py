@@ -18,7 +18,10 @@ from espnet_llm_plugin.llm.tuning import TunedLLM
 from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
 from espnet_llm_plugin.speech_llm.interface import build_interface
+from espnet_llm_plugin.speech_llm.language_head import LanguageHead
+from espnet_llm_plugin.speech_llm.languages import NOT_GIVEN
 from espnet_llm_plugin.speech_llm.prompt import PromptRecord, make_prompt
+from espnet_llm_plugin.speech_llm.soft_prompt import make_soft_prompt
 from espnet_llm_plugin.speech_llm.units import label_units
 
 # Finite: minus infinity times a weight of zero would be NaN.
@@ -26,10 +29,11 @@ _UNSCORED = -1.0e9
 
 
 class Audio(NamedTuple):
-    """What the LLM gets of the audio of a batch."""
+    """What the LLM gets of the audio of a batch, and the soft prompt before it."""
 
     embeddings: Tensor  # (B, P, D)
     lengths: Tensor  # (B,)
+    soft: Optional[Tensor] = None  # (B, K, D)
 
     def select(self, rows: Tensor) -> "Audio":
         """The utterances at ``rows`` (K,), in that order."""
@@ -38,7 +42,8 @@ class Audio(NamedTuple):
     def shorten(self, longest: int, rows: Union[Tensor, slice] = slice(None)) -> "Audio":
         """At most ``longest`` embeddings of the utterances at ``rows``."""
         lengths = self.lengths[rows].clamp(max=longest)
-        return Audio(self.embeddings[rows, : int(lengths.max())], lengths)
+        soft = None if self.soft is None else self.soft[rows]
+        return Audio(self.embeddings[rows, : int(lengths.max())], lengths, soft)
 
 
 class Row(NamedTuple):
@@ -58,10 +63,11 @@ class Row(NamedTuple):
 
 
 class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
-    """Encoder output -> adapter -> ``[before; audio; after; BOS; text]`` -> LLM -> next tokens.
+    """Encoder output -> adapter -> ``[before; soft prompt; audio; after; BOS; text]`` -> LLM ->
+    next tokens.
 
     [Prompting Large Language Models with Speech Recognition Abilities, arXiv 2307.11795; LLMs and
-    Speech: Integration vs. Combination, arXiv 2603.15045]
+    Speech: Integration vs. Combination, arXiv 2603.15045; soft prompts: arXiv 2406.14701]
 
     Args:
         vocab_size: V.
@@ -79,10 +85,15 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
         interface: how the LLM sees the audio: ``prefix``, ``merged`` or ``cross_attention``.
         interface_conf: its options.
         prompt: see :func:`~espnet_llm_plugin.speech_llm.prompt.make_prompt`.
+        soft_prompt: learnt vectors before the audio: ``none``, ``shared`` or ``per_language``.
+        soft_prompt_conf: see :class:`~espnet_llm_plugin.speech_llm.soft_prompt.SoftPromptOptions`.
+        language_prediction: with ``per_language``, predict the language where it is not given.
 
     Attributes:
         units: What the token ids mean.
         prompt: Token ids around the audio.
+        soft_prompt: Its languages are None if it knows none.
+        language_head: None if no language is predicted.
         scored: (V,) bool, the tokens that can be text.
     """
 
@@ -102,6 +113,9 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
         interface: str = "prefix",
         interface_conf: Optional[Mapping[str, Any]] = None,
         prompt: Union[str, Mapping[str, Any]] = "none",
+        soft_prompt: str = "none",
+        soft_prompt_conf: Optional[Mapping[str, Any]] = None,
+        language_prediction: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -119,7 +133,10 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
             gradient_checkpointing=gradient_checkpointing,
             attn_implementation=attn_implementation,
         )
-        self.prompt = make_prompt(prompt, self.units, self.llm.context)
+        self.soft_prompt = make_soft_prompt(
+            soft_prompt, soft_prompt_conf, self.units, llm, self.llm.hidden_size
+        )
+        self.prompt = make_prompt(prompt, self.units, self.llm.context, self.soft_prompt.length)
         self.prompt_record = PromptRecord(self.prompt)
         conf = dict(adapter_conf or {})
         text_scale = None
@@ -129,6 +146,14 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
             adapter, encoder_output_size, self.llm.hidden_size, text_scale=text_scale, **conf
         )
         self.interface = build_interface(interface, self.llm, interface_conf or {})
+        self.language_head: Optional[LanguageHead] = None
+        if language_prediction:
+            if self.soft_prompt.languages is None:
+                raise UserError(
+                    "decoder_conf: language_prediction needs `soft_prompt: per_language`, got "
+                    f"`soft_prompt: {soft_prompt}`"
+                )
+            self.language_head = LanguageHead(self.soft_prompt.languages, encoder_output_size)
         self.register_buffer("scored", self.units.scored, persistent=False)
         self._ctc: tuple[VocabularyCTC, ...] = ()
 
@@ -136,6 +161,11 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
     def context(self) -> Optional[int]:
         """Tokens that the LLM can see, None: any number."""
         return self.llm.context
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions that are neither audio nor text: tokens around the audio and soft prompt."""
+        return self.prompt.length + self.soft_prompt.length
 
     def use_ctc(self, ctc: VocabularyCTC) -> None:
         """Let the adapter have the CTC layer of the model, which stays the model's."""
@@ -145,13 +175,19 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
         """Embeddings of audio (B,) that the LLM can see beside the prompt and texts (B,)."""
         if self.context is None:
             return torch.full_like(text_lengths, torch.iinfo(text_lengths.dtype).max)
-        room = self.context - self.prompt.length - text_lengths
+        room = self.context - self.prompt_length - text_lengths
         if self.interface.audio_takes_positions:
             return room
         return room.masked_fill(room >= 0, torch.iinfo(text_lengths.dtype).max)
 
-    def adapt(self, hs_pad: Tensor, hlens: Tensor) -> Audio:
-        """Encoder output (B, T, E) of lengths (B,) -> embeddings of the audio."""
+    def adapt(self, hs_pad: Tensor, hlens: Tensor, languages: Optional[Tensor] = None) -> Audio:
+        """Encoder output (B, T, E) of lengths (B,) -> embeddings of the audio.
+
+        Args:
+            hs_pad, hlens: As above.
+            languages: Numbers (B,), see :mod:`~espnet_llm_plugin.speech_llm.languages`; None: not
+                given. What is not given is predicted by a model that can, but not in training.
+        """
         log_probs = label_embeddings = None
         if self.adapter.needs_ctc:
             (ctc,) = self._ctc
@@ -159,7 +195,12 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
             if self.adapter.needs_label_embeddings:
                 tokens = ctc.vocabulary.label_tokens(blank=self.units.silence_token())
                 label_embeddings = self.llm.embed(tokens.to(hs_pad.device))
-        return Audio(*self.adapter(hs_pad, hlens, log_probs, label_embeddings))
+        if self.language_head is not None and not self.training:
+            predicted = self.language_head.predict(hs_pad, hlens)
+            given = predicted * 0 + NOT_GIVEN if languages is None else languages.to(predicted)
+            languages = torch.where(given == NOT_GIVEN, predicted, given)
+        soft = self.soft_prompt(languages, len(hs_pad))
+        return Audio(*self.adapter(hs_pad, hlens, log_probs, label_embeddings), soft)
 
     def text_logits(
         self, audio: Audio, tokens: Tensor, lengths: Tensor
@@ -178,6 +219,7 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
             lengths,
             before=self.prompt.before,
             after=self.prompt.after,
+            soft=audio.soft,
         )
         return logits[..., : len(self.scored)], hidden.get("audio")
 
@@ -204,14 +246,20 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
 
     @torch.no_grad()
     def start_without_audio(self, batch_size: int, device: torch.device) -> Any:
-        """As :meth:`start`, with the prompt but no audio: the LLM as a language model."""
+        """As :meth:`start`, with the prompts but no audio: the LLM as a language model."""
         nothing = torch.zeros(batch_size, 0, self.llm.hidden_size, device=device)
         lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        return self.start_after(Audio(nothing, lengths))
+        return self.start_after(Audio(nothing, lengths, self.soft_prompt(None, batch_size)))
 
     def start_after(self, audio: Audio) -> Any:
         """As :meth:`start`, from the embeddings of the audio."""
-        return self.interface.start(*audio, before=self.prompt.before, after=self.prompt.after)
+        return self.interface.start(
+            audio.embeddings,
+            audio.lengths,
+            before=self.prompt.before,
+            after=self.prompt.after,
+            soft=audio.soft,
+        )
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: Any, parents: Tensor) -> tuple[Tensor, Any]:
@@ -242,10 +290,10 @@ class SpeechLLMDecoder(AbsDecoder, BatchScorerInterface):
         left = float("inf")
         if self.context is not None:
             taken = int(audio.lengths) if self.interface.audio_takes_positions else 0
-            left = self.context - self.prompt.length - taken + 1
+            left = self.context - self.prompt_length - taken + 1
         if int(audio.lengths) >= room:
             raise UtteranceError(
-                f"the audio has {int(audio.lengths)} embeddings, the prompt {self.prompt.length} "
+                f"the audio has {int(audio.lengths)} embeddings, the prompt {self.prompt_length} "
                 f"tokens: the LLM sees {self.context}, which leaves nothing for the text. Decode "
                 "shorter segments (bin.asr_inference cuts long audio), or train with more frames "
                 "stacked (adapter_conf)"

@@ -3,8 +3,9 @@
 B utterances, P embeddings of the audio, D their width (that of the LLM's embeddings), U tokens,
 V output rows of the LLM, N rows (hypotheses), K LLM layers.
 
-The LLM reads ``[before; audio; after; text]``, where ``before`` and ``after`` are the token ids of
-a prompt, the same for all utterances, and the text begins with BOS.
+The LLM reads ``[before; soft; audio; after; text]``, where ``before`` and ``after`` are the token
+ids of a prompt, the same for all utterances, ``soft`` are learnt vectors (none by default), and the
+text begins with BOS.
 """
 
 from abc import ABC, abstractmethod
@@ -51,10 +52,10 @@ class Interface(torch.nn.Module, ABC):
     """How an LLM sees audio.
 
     Training: ``logits, hidden = interface(audio, audio_lengths, text, text_lengths, before=(),
-    after=())``. Decoding: ``state = interface.start(audio, audio_lengths, before=(), after=())``,
-    then ``logits, state = interface.step(tokens, state, parents)`` token by token. Teacher-forced
-    and stepwise logits are the same, and so are those of a batch and of each utterance alone. Both
-    follow the module's mode: call ``eval()`` before decoding.
+    after=(), soft=None)``. Decoding: ``state = interface.start(audio, audio_lengths, before=(),
+    after=(), soft=None)``, then ``logits, state = interface.step(tokens, state, parents)`` token by
+    token. Teacher-forced and stepwise logits are the same, and so are those of a batch and of each
+    utterance alone. Both follow the module's mode: call ``eval()`` before decoding.
 
     Audio of length 0, or P = 0, is the LLM without audio.
 
@@ -90,6 +91,7 @@ class Interface(torch.nn.Module, ABC):
         text_lengths: Tensor,
         before: Sequence[int] = (),
         after: Sequence[int] = (),
+        soft: Optional[Tensor] = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Teacher-forced logits.
 
@@ -100,6 +102,7 @@ class Interface(torch.nn.Module, ABC):
             text_lengths: (B,).
             before: Ids of the prompt before the audio.
             after: Ids between audio and text.
+            soft: Vectors right before the audio (B, n, D), which the mask treats as audio.
 
         Returns:
             Logits (B, U, V) of the token after each of the text, in the precision of the LLM
@@ -117,6 +120,7 @@ class Interface(torch.nn.Module, ABC):
         audio_lengths: Tensor,
         before: Sequence[int] = (),
         after: Sequence[int] = (),
+        soft: Optional[Tensor] = None,
     ) -> Any:
         """State of B utterances before their text: audio and prompt are computed here, once.
 
@@ -128,7 +132,7 @@ class Interface(torch.nn.Module, ABC):
             self._checked = (model,)
         for fast in self._fast:
             fast.refresh()
-        return self._start(audio, audio_lengths, tuple(before), tuple(after))
+        return self._start(audio, audio_lengths, tuple(before), tuple(after), soft)
 
     @torch.no_grad()
     def step(
@@ -162,6 +166,7 @@ class Interface(torch.nn.Module, ABC):
         text_lengths: Tensor,
         before: Sequence[int] = (),
         after: Sequence[int] = (),
+        soft: Optional[Tensor] = None,
     ) -> Tensor:
         """How much attention text gives to audio: (B, K).
 
@@ -176,7 +181,12 @@ class Interface(torch.nn.Module, ABC):
 
     @abstractmethod
     def _start(
-        self, audio: Tensor, audio_lengths: Tensor, before: tuple, after: tuple
+        self,
+        audio: Tensor,
+        audio_lengths: Tensor,
+        before: tuple,
+        after: tuple,
+        soft: Optional[Tensor] = None,
     ) -> SpeechState: ...
 
     def _step(self, tokens: Tensor, state: Any, parents: Tensor) -> tuple[Tensor, Any]:
@@ -265,6 +275,15 @@ class Interface(torch.nn.Module, ABC):
         ids = torch.tensor(list(ids), dtype=torch.long, device=device)
         lengths = torch.full((batch,), len(ids), dtype=torch.long, device=device)
         return self.llm.embed(ids).expand(batch, -1, -1), lengths
+
+    def _before(
+        self, ids: Sequence[int], soft: Optional[Tensor], batch: int, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What comes before the audio: embeddings (B, n, D) of ids, then ``soft``; lengths (B,)."""
+        embeddings, lengths = self._tokens(ids, batch, device)
+        if soft is None:
+            return embeddings, lengths
+        return torch.cat([embeddings, soft.to(embeddings)], dim=1), lengths + soft.size(1)
 
     def _audio(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Audio in the precision of the LLM's embeddings, and lengths as indices."""

@@ -54,16 +54,16 @@ class MergedInterface(Interface):
         if reason is not None:
             raise UserError(f"interface merged: the LLM has {reason}; {ALTERNATIVE}.")
 
-    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=()):
+    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=(), soft=None):
         model = self.llm.model(audio.device)
         install(model)
         audio, lengths = self._audio(audio, audio_lengths)
-        tokens, positions = self._token_positions(lengths, before, after, text)
-        reading = _Merged(self._project(model, audio, len(before)))
+        tokens, positions, first = self._token_positions(lengths, before, after, soft, text)
+        reading = _Merged(self._project(model, audio, first))
         outputs = llm_outputs(
             model,
             tokens,
-            mask=self._mask(lengths, audio.size(1), len(before), tokens.size(1)),
+            mask=self._mask(lengths, audio.size(1), first, tokens.size(1)),
             positions=positions,
             reading=reading,
         )
@@ -71,34 +71,36 @@ class MergedInterface(Interface):
         return llm_logits(model, outputs[:, tokens.size(1) - text.size(1) :]), {}
 
     @torch.no_grad()
-    def attention_mass(self, audio, audio_lengths, text, text_lengths, before=(), after=()):
+    def attention_mass(
+        self, audio, audio_lengths, text, text_lengths, before=(), after=(), soft=None
+    ):
         model = self.llm.model(audio.device)
         audio, lengths = self._audio(audio, audio_lengths)
-        tokens, positions = self._token_positions(lengths, before, after, text)
+        tokens, positions, first = self._token_positions(lengths, before, after, soft, text)
         queries = length_mask(text_lengths.to(lengths), text.size(1))
         queries = torch.nn.functional.pad(queries, (tokens.size(1) - text.size(1), 0))
         keys = length_mask(lengths, audio.size(1))
         keys = torch.nn.functional.pad(keys, (0, tokens.size(1)))
         with installed(model):
-            reading = Weighing(queries, keys, before=self._project(model, audio, len(before)))
+            reading = Weighing(queries, keys, before=self._project(model, audio, first))
             llm_outputs(
                 model,
                 tokens,
-                mask=self._mask(lengths, audio.size(1), len(before), tokens.size(1)),
+                mask=self._mask(lengths, audio.size(1), first, tokens.size(1)),
                 positions=positions,
                 reading=reading,
             )
         check_read(model, reading)
         return torch.stack(reading.mass, dim=1)
 
-    def _start(self, audio, audio_lengths, before, after):
+    def _start(self, audio, audio_lengths, before, after, soft=None):
         model = self.llm.model(audio.device)
         audio, lengths = self._audio(audio, audio_lengths)
-        tokens, positions = self._token_positions(lengths, before, after)
+        tokens, positions, first = self._token_positions(lengths, before, after, soft)
         frames, columns = audio.size(1), audio.size(1) + tokens.size(1)
         keys = SharedKeys(len(audio), columns + ROOM)
         with installed(model):
-            projected = self._project(model, audio, len(before))
+            projected = self._project(model, audio, first)
             for layer, (key, value) in enumerate(projected):
                 keys.write(layer, 0, key, value)
             if tokens.size(1):
@@ -106,7 +108,7 @@ class MergedInterface(Interface):
                 llm_outputs(
                     model,
                     tokens,
-                    mask=self._mask(lengths, frames, len(before), tokens.size(1)),
+                    mask=self._mask(lengths, frames, first, tokens.size(1)),
                     positions=positions,
                     reading=reading,
                 )
@@ -120,18 +122,21 @@ class MergedInterface(Interface):
             audio = audio.new_zeros(len(audio), 1, audio.size(2))
         return super()._audio(audio, lengths)
 
-    def _token_positions(self, audio_lengths, before, after, text=None):
-        """Embeddings (B, Q, D) of prompt and text, and their positions (B, Q)."""
+    def _token_positions(self, audio_lengths, before, after, soft, text=None):
+        """Embeddings (B, Q, D) of prompt, soft vectors and text; their positions (B, Q); how many
+        are before the audio."""
         batch, device = len(audio_lengths), audio_lengths.device
-        parts = [self._tokens((*before, *after), batch, device)[0]]
+        parts = [self._before(before, soft, batch, device)[0]]
+        first = parts[0].size(1)
+        parts.append(self._tokens(after, batch, device)[0])
         if text is not None:
             parts.append(self.llm.embed(text))
         tokens = torch.cat(parts, dim=1)
         columns = torch.arange(tokens.size(1), device=device)
-        positions = columns + audio_lengths[:, None] * (columns >= len(before))
+        positions = columns + audio_lengths[:, None] * (columns >= first)
         longest = int(audio_lengths.max()) + tokens.size(1)
         check_length(longest, self.llm.context, "audio, prompt and text")
-        return tokens, positions
+        return tokens, positions, first
 
     def _mask(self, audio_lengths: Tensor, frames: int, before: int, tokens: int) -> Tensor:
         """What each token sees (B, 1, Q, P + Q)."""

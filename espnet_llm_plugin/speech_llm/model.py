@@ -4,7 +4,7 @@ B utterances, T encoder frames, E encoder width, P embeddings of the audio, U to
 the token list.
 """
 
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from espnet2.asr.ctc import CTC
@@ -28,6 +28,7 @@ from espnet_llm_plugin.speech_llm.heads.auxiliary import AuxiliaryHeads, Tap, lo
 from espnet_llm_plugin.speech_llm.heads.ctc import VocabularyCTC
 from espnet_llm_plugin.speech_llm.heads.error_rates import GreedyErrorRates
 from espnet_llm_plugin.speech_llm.heads.vocabulary import LabelVocabulary, label_vocabulary
+from espnet_llm_plugin.speech_llm.languages import train_only
 from espnet_llm_plugin.speech_llm.masking import mask_text
 from espnet_llm_plugin.speech_llm.prefix import PrefixInterface
 from espnet_llm_plugin.speech_llm.text_loss import TextLoss, text_loss
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     audio: Audio  # of the adapter
     text: Tensor  # (B, U) token ids, padded with EOS
     text_lengths: Tensor  # (B,)
+    languages: Optional[Tensor] = None  # (B,) numbers
 
     def select(self, rows: Tensor) -> "Batch":
         """The utterances at ``rows`` (K,), in that order."""
@@ -52,6 +54,7 @@ class Batch(NamedTuple):
             self.audio.select(rows),
             self.text[rows, : int(text_lengths.max())],
             text_lengths,
+            None if self.languages is None else self.languages[rows],
         )
 
 
@@ -76,16 +79,22 @@ class SpeechLLMModel(ESPnetASRModel):
         text_mask_token: what replaces them; by default the unknown token.
         shuffled_audio: in validation, score each transcript with another utterance's audio too.
         report_wer_utts: in validation, so many utterances are decoded greedily.
+        language_weight: weight of the cross-entropy of the predicted language, of a decoder with
+            ``language_prediction`` (default: 0.1).
+        train_languages: codes; the soft prompts of these languages (and their rows of the language
+            prediction) are trained alone, all else stays bit by bit as it was loaded.
         extract_feats_in_collect_stats: as in ESPnet.
 
     Statistics: ``loss`` = ``loss_ce`` + ctc_weight * ``loss_ctc`` + the weighted ``loss_<name>`` of
     the auxiliary losses; ``ce_per_token`` (nats, no smoothing), ``acc`` (of tokens, given the ones
     before), ``num_skipped``; of each CTC and auxiliary loss ``<name>_per_label`` (nats) and
     ``num_<name>_skipped`` (utterances with more labels than CTC has frames, left out of that loss
-    only); and in validation ``shuffled_gap``: nats per token by which another utterance's audio is
-    worse than its own. Near 0 the LLM ignores the audio, however low the loss; above 2 it relies on
-    it. With ``report_wer_utts`` ``wer_llm`` and ``cer_llm``, greedily and without any CTC, and the
-    same of each CTC and auxiliary loss: ``wer_<name>``, ``cer_<name>``.
+    only); with soft prompts of languages ``num_no_language``, and if it is predicted
+    ``loss_language`` (nats per utterance) and ``acc_language``, of those that have one; and in
+    validation ``shuffled_gap``: nats per token by which another utterance's audio is worse than its
+    own. Near 0 the LLM ignores the audio, however low the loss; above 2 it relies on it. With
+    ``report_wer_utts`` ``wer_llm`` and ``cer_llm``, greedily and without any CTC, and the same of
+    each CTC and auxiliary loss: ``wer_<name>``, ``cer_<name>``.
     """
 
     def __init__(
@@ -104,6 +113,8 @@ class SpeechLLMModel(ESPnetASRModel):
         text_mask_token: Optional[str] = None,
         shuffled_audio: bool = True,
         report_wer_utts: int = 0,
+        language_weight: Optional[float] = None,
+        train_languages: Optional[Sequence[str]] = None,
         extract_feats_in_collect_stats: bool = True,
         **parts: Any,
     ):
@@ -118,6 +129,7 @@ class SpeechLLMModel(ESPnetASRModel):
         for name, value, upper in (
             ("ctc_weight", ctc_weight, None),
             ("lsm_weight", lsm_weight, 1.0),
+            ("language_weight", language_weight or 0.0, None),
             ("text_mask", text_mask, 1.0),
             ("report_wer_utts", report_wer_utts, None),
         ):
@@ -157,6 +169,11 @@ class SpeechLLMModel(ESPnetASRModel):
         self.text_mask = text_mask
         self.mask_token = units.mask_token(text_mask_token) if text_mask else None
         self.shuffled_audio = shuffled_audio
+        if decoder.language_head is None and language_weight is not None:
+            raise UserError(
+                "model_conf: language_weight is given, but decoder_conf has no language_prediction"
+            )
+        self.language_weight = 0.1 if language_weight is None else language_weight
         if with_ctc:
             decoder.use_ctc(self.ctc)
             self.ctc.requires_grad_(ctc_weight > 0)
@@ -167,8 +184,19 @@ class SpeechLLMModel(ESPnetASRModel):
             auxiliary if builds_training_parts() else None, units, widths
         )
         self._error_rates = GreedyErrorRates(report_wer_utts)
+        self.train_languages = train_languages
+        if train_languages is not None:
+            train_only(self, train_languages, decoder.soft_prompt, decoder.language_head)
         self._skips = SkipLog()
         self._last_audio: Optional[Audio] = None
+
+    def train(self, mode: bool = True) -> "SpeechLLMModel":
+        super().train(mode)
+        if mode and self.train_languages is not None:
+            for part in self.children():  # no dropout, and no running means that move
+                part.eval()
+            self.decoder.llm.train()  # which gradient checkpointing needs
+        return self
 
     def forward(
         self,
@@ -191,13 +219,15 @@ class SpeechLLMModel(ESPnetASRModel):
             speech_lengths: (B,).
             text: (B, U) token ids; what is beyond ``text_lengths`` does not matter.
             text_lengths: (B,).
-            kwargs: ``utt_id``, the utterances' names.
+            kwargs: ``utt_id``, the utterances' names; ``lang`` (B, n) and ``lang_lengths`` (B,),
+                see :mod:`~espnet_llm_plugin.data.language_codes`.
         """
+        languages = self.decoder.soft_prompt.languages_of(kwargs)
         encoder_out, frame_lengths = self.encode(speech, speech_lengths)
         if isinstance(encoder_out, tuple):
             encoder_out = encoder_out[0]
         batch, skipped = self._usable(
-            encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id")
+            encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id"), languages
         )
         if batch is None:
             loss = encoder_out.sum() * 0.0 + zero_loss(self)
@@ -225,6 +255,9 @@ class SpeechLLMModel(ESPnetASRModel):
         loss = loss + self.auxiliary.loss(
             taps, batch.text, batch.text_lengths, self.length_normalized_loss, stats
         )
+        if languages is not None:
+            stats["num_no_language"] = float(self.decoder.soft_prompt.num_unknown(languages))
+            loss = loss + self._language_loss(batch, stats)
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
         if self.training:
@@ -244,6 +277,9 @@ class SpeechLLMModel(ESPnetASRModel):
     def _stat_names(self) -> list[str]:
         names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]
         names += [*(loss_stats("ctc") if self.ctc_weight else []), *self.auxiliary.stat_names()]
+        if self.decoder.soft_prompt.languages is not None:
+            head = self.decoder.language_head is not None
+            names += ["num_no_language", *(["loss_language", "acc_language"] if head else [])]
         names += ["shuffled_gap"] if self._scores_shuffled_audio() else []
         if not self.training:
             names += self._error_rates.stat_names(list(self._decoded_heads({})))
@@ -255,6 +291,16 @@ class SpeechLLMModel(ESPnetASRModel):
         for entry in self.auxiliary.entries:
             heads[entry.name] = (self.auxiliary.head(entry), taps.get(entry.tap))
         return heads
+
+    def _language_loss(self, batch: Batch, stats: dict[str, Any]) -> Union[Tensor, float]:
+        """What the prediction of the language adds to the loss."""
+        if self.decoder.language_head is None:
+            return 0.0
+        loss, accuracy = self.decoder.language_head.loss(
+            batch.encoder_out, batch.frame_lengths, batch.languages
+        )
+        stats["loss_language"], stats["acc_language"] = loss.detach(), accuracy.detach()
+        return self.language_weight * loss
 
     def _text_loss(self, batch: Batch, audio: Audio) -> tuple[TextLoss, Optional[Tensor]]:
         """Cross-entropy of text and EOS given ``audio``; the LLM's outputs at the audio."""
@@ -286,6 +332,7 @@ class SpeechLLMModel(ESPnetASRModel):
         if other is None:
             return own.nll.new_tensor(float("nan"))
         other = other.shorten(int(self.decoder.room(batch.text_lengths).min()))
+        other = other._replace(soft=batch.audio.soft)
         return self._text_loss(batch, other)[0].per_token() - own.per_token()
 
     def _usable(
@@ -295,11 +342,12 @@ class SpeechLLMModel(ESPnetASRModel):
         text: Tensor,
         text_lengths: Tensor,
         utt_ids: Optional[Sequence[str]],
+        languages: Optional[Tensor] = None,
     ) -> tuple[Optional[Batch], float]:
         """What can be trained on, and how many utterances cannot."""
         device = encoder_out.device
         frame_lengths, text_lengths = frame_lengths.to(device), text_lengths.to(device)
-        audio = self.decoder.adapt(encoder_out, frame_lengths)
+        audio = self.decoder.adapt(encoder_out, frame_lengths, languages)
         usable = (frame_lengths > 0) & (audio.lengths <= self.decoder.room(text_lengths))
         for i in (~usable).nonzero()[:, 0].tolist():
             name = utt_ids[i] if utt_ids is not None else "(unnamed utterance)"
@@ -310,7 +358,7 @@ class SpeechLLMModel(ESPnetASRModel):
                 what = f"audio ({int(audio.lengths[i])} embeddings), " if takes else ""
                 remedy = "stack more frames (adapter_conf), or " if takes else ""
                 why = (
-                    f"{what}prompt ({self.decoder.prompt.length} tokens) and text "
+                    f"{what}prompt ({self.decoder.prompt_length} tokens) and text "
                     f"({int(text_lengths[i])}) exceed the {self.decoder.context} tokens that the "
                     f"LLM can see; {remedy}train on shorter utterances"
                 )
@@ -322,7 +370,8 @@ class SpeechLLMModel(ESPnetASRModel):
         text = text.to(device)[:, : int(text_lengths.max())]
         inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
         text = text.masked_fill(~inside, self.eos)
-        batch = Batch(encoder_out, frame_lengths, audio, text, text_lengths).select(rows)
+        whole = Batch(encoder_out, frame_lengths, audio, text, text_lengths, languages)
+        batch = whole.select(rows)
         self._check_text(batch.text)
         return batch, skipped
 
@@ -337,9 +386,16 @@ class SpeechLLMModel(ESPnetASRModel):
 
     @torch.no_grad()
     def utterance_nll(
-        self, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        **language: Tensor,
     ) -> Tensor:
         """Exact -log P(text and EOS | speech) of each utterance (B,), in nats.
+
+        ``language`` may have ``lang`` and ``lang_lengths``, see :meth:`forward`.
 
         Raises:
             UserError: An utterance cannot be scored, see :meth:`forward`.
@@ -347,7 +403,10 @@ class SpeechLLMModel(ESPnetASRModel):
         encoder_out, frame_lengths = self.encode(speech, speech_lengths)
         if isinstance(encoder_out, tuple):
             encoder_out = encoder_out[0]
-        batch, skipped = self._usable(encoder_out, frame_lengths, text, text_lengths, None)
+        languages = self.decoder.soft_prompt.languages_of(language) if language else None
+        batch, skipped = self._usable(
+            encoder_out, frame_lengths, text, text_lengths, None, languages
+        )
         if batch is None or skipped:
             raise UserError(f"{int(skipped)} utterances have no score; see the warnings above")
         return self._text_loss(batch, batch.audio)[0].nll

@@ -40,8 +40,8 @@ class PrefixInterface(Interface):
 
     Args:
         llm: See :class:`Interface`.
-        mask: What the audio sees of itself: ``causal`` (what comes before) or ``bidirectional``
-            (all of it).
+        mask: What the audio, with the soft vectors right before it, sees of itself: ``causal``
+            (what comes before) or ``bidirectional`` (all of it).
         padding: Where utterances of a batch are padded: ``right`` or ``left``. The result is the
             same; only ``right`` with the causal mask needs no mask, which flash kernels want.
     """
@@ -58,47 +58,51 @@ class PrefixInterface(Interface):
             if reason is not None:
                 raise UserError(f"interface_conf: mask bidirectional: the LLM has {reason}.")
 
-    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=()):
-        sequence, lengths = self._compose(audio, audio_lengths, before, after, text, text_lengths)
+    def forward(self, audio, audio_lengths, text, text_lengths, before=(), after=(), soft=None):
+        sequence, lengths = self._compose(
+            audio, audio_lengths, before, after, soft, text, text_lengths
+        )
         model = self.llm.model(audio.device)
-        outputs = llm_outputs(model, sequence.embeddings, **self._masked(sequence, lengths))
+        outputs = llm_outputs(model, sequence.embeddings, **self._masked(sequence, lengths, soft))
         logits = llm_logits(model, take(outputs, sequence.starts[3], text.size(1)))
         return logits, {"audio": take(outputs, sequence.starts[1], audio.size(1))}
 
-    def attention_mass(self, audio, audio_lengths, text, text_lengths, before=(), after=()):
+    def attention_mass(
+        self, audio, audio_lengths, text, text_lengths, before=(), after=(), soft=None
+    ):
         with torch.no_grad():
             sequence, lengths = self._compose(
-                audio, audio_lengths, before, after, text, text_lengths
+                audio, audio_lengths, before, after, soft, text, text_lengths
             )
             model = self.llm.model(audio.device)
             reading = Weighing(
                 sequence.span(3, text_lengths.to(lengths)), sequence.span(1, lengths)
             )
             with installed(model):
-                llm_outputs(
-                    model, sequence.embeddings, **self._masked(sequence, lengths), reading=reading
-                )
+                masked = self._masked(sequence, lengths, soft)
+                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
             check_read(model, reading)
         return torch.stack(reading.mass, dim=1)
 
-    def _start(self, audio, audio_lengths, before, after):
+    def _start(self, audio, audio_lengths, before, after, soft=None):
         if not self._shares:
-            lengths = audio_lengths.to(audio.device) + len(before) + len(after)
+            number = len(before) + len(after) + (0 if soft is None else soft.size(1))
+            lengths = audio_lengths.to(audio.device) + number
             rows = torch.arange(len(audio), device=audio.device)
             empty = rows.new_zeros(len(audio), 0)
             longest = int(lengths.max())
             check_length(longest, self.llm.context, "audio and prompt")
-            return _Recomputed(rows, lengths, longest, audio, audio_lengths, before, after, empty)
-        sequence, lengths = self._compose(audio, audio_lengths, before, after)
+            known = (audio, audio_lengths, before, after, soft)
+            return _Recomputed(rows, lengths, longest, *known, empty)
+        sequence, lengths = self._compose(audio, audio_lengths, before, after, soft)
         columns = sequence.embeddings.size(1)
         keys = SharedKeys(len(audio), columns + ROOM)
         if columns:
             model = self.llm.model(audio.device)
             reading = Recording(keys)
             with installed(model):
-                llm_outputs(
-                    model, sequence.embeddings, **self._masked(sequence, lengths), reading=reading
-                )
+                masked = self._masked(sequence, lengths, soft)
+                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
             check_read(model, reading)
         seen = length_mask(sequence.lengths, columns)
         if self.padding == "left":
@@ -116,6 +120,7 @@ class PrefixInterface(Interface):
             torch.full_like(tokens, state.tokens.size(1)),
             before=state.before,
             after=state.after,
+            soft=None if state.soft is None else state.soft[state.utterance],
         )
         return logits[:, -1], state
 
@@ -132,12 +137,12 @@ class PrefixInterface(Interface):
             )
 
     def _compose(
-        self, audio, audio_lengths, before, after, text=None, text_lengths=None
+        self, audio, audio_lengths, before, after, soft, text=None, text_lengths=None
     ) -> tuple[Composed, Tensor]:
         """All parts side by side, and the lengths of the audio."""
         audio, lengths = self._audio(audio, audio_lengths)
         parts = [
-            self._tokens(before, len(audio), audio.device),
+            self._before(before, soft, len(audio), audio.device),
             (audio, lengths),
             self._tokens(after, len(audio), audio.device),
         ]
@@ -148,7 +153,9 @@ class PrefixInterface(Interface):
         check_length(sequence.embeddings.size(1), self.llm.context, what)
         return sequence, lengths
 
-    def _masked(self, sequence: Composed, audio_lengths: Tensor) -> dict[str, Optional[Tensor]]:
+    def _masked(
+        self, sequence: Composed, audio_lengths: Tensor, soft: Optional[Tensor]
+    ) -> dict[str, Optional[Tensor]]:
         """Mask and positions for the LLM."""
         if self.mask == "causal" and self.padding == "right":
             return {}  # the padding comes after everything that is used
@@ -157,7 +164,7 @@ class PrefixInterface(Interface):
         valid = (columns >= sequence.first[:, None]) & (columns < end[:, None])
         visible = (columns <= columns[:, None]) & valid[:, None]
         if self.mask == "bidirectional":
-            audio = sequence.span(1, audio_lengths)
+            audio = sequence.span(1, audio_lengths, 0 if soft is None else soft.size(1))
             visible = visible | (audio[:, :, None] & audio[:, None, :])
         visible = visible | torch.eye(len(columns), dtype=torch.bool, device=columns.device)
         return {"mask": visible[:, None], "positions": sequence.positions}
@@ -174,6 +181,7 @@ class _Recomputed:
     audio_lengths: Tensor  # (B,)
     before: tuple[int, ...]
     after: tuple[int, ...]
+    soft: Optional[Tensor]  # (B, n, D)
     tokens: Tensor  # (N, t)
 
     def extend(self, tokens: Tensor, parents: Tensor) -> "_Recomputed":

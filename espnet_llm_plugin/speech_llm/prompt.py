@@ -49,7 +49,10 @@ class Prompt:
 
 
 def make_prompt(
-    prompt: Union[str, Mapping[str, Any]], units: LabelUnits, context: Optional[int] = None
+    prompt: Union[str, Mapping[str, Any]],
+    units: LabelUnits,
+    context: Optional[int] = None,
+    soft: int = 0,
 ) -> Prompt:
     """The ids of a prompt.
 
@@ -60,6 +63,7 @@ def make_prompt(
             (default true; false: no BOS, the last token of ``after`` takes its place).
         units: The LLM's.
         context: Tokens that the LLM can see.
+        soft: Of these, those that a soft prompt takes.
 
     Raises:
         UserError: An unknown name or key, text that the token list cannot write, a tokenizer
@@ -82,10 +86,10 @@ def make_prompt(
             "token the transcript follows"
         )
     made = Prompt(*ids, units.sos) if bos else Prompt(ids[0], ids[1][:-1], ids[1][-1])
-    if context is not None and made.length + 1 >= context:
+    if context is not None and made.length + soft + 1 >= context:
         raise UserError(
-            f"decoder_conf: the prompt has {made.length} tokens, LLM {units.llm} sees {context}: "
-            "nothing is left for audio and text; shorten the prompt"
+            f"decoder_conf: the prompt has {made.length + soft} tokens, LLM {units.llm} sees "
+            f"{context}: nothing is left for audio and text; shorten the prompt"
         )
     return made
 

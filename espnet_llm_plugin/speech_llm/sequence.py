@@ -27,11 +27,11 @@ class Composed(NamedTuple):
         columns = torch.arange(self.embeddings.size(1), device=self.first.device)
         return (columns - self.first[:, None]).clamp(min=0)
 
-    def span(self, part: int, lengths: Tensor) -> Tensor:
-        """Columns of a part of ``lengths`` (B,): (B, L) bool."""
+    def span(self, part: int, lengths: Tensor, extra: int = 0) -> Tensor:
+        """Columns of a part of ``lengths`` (B,), and ``extra`` before it: (B, L) bool."""
         columns = torch.arange(self.embeddings.size(1), device=self.first.device)
         start = self.starts[part][:, None]
-        return (columns >= start) & (columns < start + lengths[:, None])
+        return (columns >= start - extra) & (columns < start + lengths[:, None])
 
 
 def compose(parts: Sequence[tuple[Tensor, Tensor]], padding: str = "right") -> Composed:

@@ -14,6 +14,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from espnet_llm_plugin.data.language_codes import NAME
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.transducer.alignment import AlignmentSums, transitions
 from espnet_llm_plugin.transducer.base_model import AbsTransducerModel, trim
@@ -63,7 +64,8 @@ def corpus_nll(
         model: a transducer of this package, with its own predictor at its training scale, a
             speech LLM of this package, or an ESPnet model with a CTC branch (whose likelihood it
             is then). Put in evaluation mode.
-        batches: utterance names and ``speech, speech_lengths, text, text_lengths``.
+        batches: utterance names and ``speech, speech_lengths, text, text_lengths``; for a speech
+            LLM ``lang`` and ``lang_lengths`` if the languages are given.
 
     Raises:
         UserError: no utterances, no labels, or a model that has neither.
@@ -86,8 +88,11 @@ def corpus_nll(
         ]
         if is_transducer:
             values = _nll_along(model, sums, *inputs)
+        elif is_speech_llm:
+            languages = {key: batch[key] for key in (NAME, f"{NAME}_lengths") if key in batch}
+            values = _speech_llm_nll(model, *inputs, **languages)
         else:
-            values = (_speech_llm_nll if is_speech_llm else _ctc_nll)(model, *inputs)
+            values = _ctc_nll(model, *inputs)
         counts = (batch["text_lengths"] + int(is_speech_llm)).tolist()
         for name, value, count in zip(names, values.tolist(), counts):
             if math.isfinite(value):
@@ -151,9 +156,9 @@ def _ctc_nll(
     )
 
 
-def _speech_llm_nll(model: Any, *inputs: Tensor) -> Tensor:
+def _speech_llm_nll(model: Any, *inputs: Tensor, **languages: Tensor) -> Tensor:
     try:
-        return model.utterance_nll(*inputs)
+        return model.utterance_nll(*inputs, **languages)
     except UserError as error:
         logging.warning("%s", error)
         return torch.full((len(inputs[0]),), math.inf)

@@ -22,6 +22,8 @@ class InterfaceContract:
     context = 20
     # Whether some token of every text sees all of the audio.
     sees_all_audio = True
+    # Whether soft vectors are seen as tokens of the prompt are, not as audio is.
+    soft_is_prompt = True
 
     def close(self, actual, expected):
         torch.testing.assert_close(actual, expected, atol=self.tolerance, rtol=self.tolerance)
@@ -74,6 +76,48 @@ class InterfaceContract:
             logits, state = interface.step(text[:, u], state)
             rows = (u < text_lengths).nonzero().flatten()
             self.close(logits[rows], expected[rows, u])
+
+    def test_soft_vectors_stand_before_the_audio(self, interface, batch):
+        """Embeddings of tokens, others in each utterance: as if they were of the prompt."""
+        audio, lengths, text, text_lengths = batch
+        ids = torch.tensor([[6, 7], [8, 9], [10, 11], [12, 13]])
+        soft = interface.llm.embed(ids)
+        prompt = {"before": BEFORE, "after": AFTER}
+        with torch.no_grad():
+            logits, hidden = interface(*batch, **prompt, soft=soft)
+            expected = []
+            for i in range(4):
+                if self.soft_is_prompt:
+                    one = {"before": (*BEFORE, *ids[i].tolist()), "after": AFTER}
+                    rows = self.alone(interface, audio[i], lengths[i], text[i], **one)
+                else:  # as if they were audio
+                    both = torch.cat([soft[i], audio[i, : lengths[i]]])
+                    size = torch.tensor(len(both))
+                    rows = self.alone(interface, both, size, text[i], **prompt)
+                expected.append(rows)
+            expected = torch.stack(expected)
+            valid = torch.arange(7) < text_lengths[:, None]
+            self.close(logits[valid], expected[valid])
+            none, _ = interface(*batch, **prompt)
+            assert (logits - none)[valid].abs().max() > 1e-2
+        if "audio" in hidden:
+            assert hidden["audio"].size(1) == audio.size(1)
+        # step by step, in any order of the rows
+        state = interface.start(audio, lengths, **prompt, soft=soft)
+        for u in range(text.size(1)):
+            order = torch.tensor([1, 3, 2, 0]) if u == 0 else torch.arange(4)
+            rows = state.utterance[order]
+            logits, state = interface.step(text[rows, u], state, order)
+            live = u < text_lengths[rows]
+            self.close(logits[live], expected[rows[live], u])
+
+    def test_gradients_reach_soft_vectors(self, interface, batch):
+        soft = torch.randn(4, 2, interface.llm.hidden_size, requires_grad=True)
+        logits, _ = interface(*batch, before=BEFORE, soft=soft)
+        valid = torch.arange(7) < batch[3][:, None]
+        logits[valid].logsumexp(-1).sum().backward()
+        reached = soft.grad.abs().amax(-1) > 0
+        assert reached.all() if self.sees_all_audio else reached.any()
 
     def test_what_is_shared_is_as_if_it_were_not(self, interface, batch):
         """Hypotheses that branch, end and come in ragged numbers, and utterances that end."""

@@ -174,7 +174,7 @@ def test_audio_like_its_text_is_in_order(made, monkeypatch):
     data = batch(texts=texts)
     said_slowly = data[2].repeat_interleave(2, dim=1)
     audio = Audio(made.decoder.llm.embed(said_slowly), torch.full((3,), 12))
-    monkeypatch.setattr(made.decoder, "adapt", lambda hs, lengths: audio)
+    monkeypatch.setattr(made.decoder, "adapt", lambda hs, lengths, languages: audio)
     found = measure(made, batches(data)).use.alignment
     assert found.paired == pytest.approx(1.0) and found.mismatched < 0.5
 

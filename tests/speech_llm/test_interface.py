@@ -29,6 +29,7 @@ class TestPrefix(InterfaceContract):
 
 
 class TestBidirectionalPrefix(InterfaceContract):
+    soft_is_prompt = False
     interface = interface_fixture("prefix", ["llama", "opt"], mask="bidirectional")
 
 

@@ -89,6 +89,7 @@ swap_llm=                 # Hugging Face directory that replaces the predictor (
 tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
 tune_tool=tune_scales     # tune_scales: the whole grid; tune_fusion: from n-best lists, for fine grids
 alone_tag=                # inference_tag of the LLM alone, to compare with in the diagnosis (speech_llm)
+inference_lang=utt2lang   # Languages in decoding (soft_prompt: per_language): utt2lang, predicted, unk or a code
 diagnose_args=            # More options for espnet_llm_plugin.bin.diagnose, e.g. --weak DIR
 # END
 set -euo pipefail
@@ -242,6 +243,38 @@ distributed_args() { # directory of the experiment
     rm -f "$1"/.dist_init_*
     echo "--dist_launcher slurm --dist_init_method file://$(cd "$1" && pwd)/.dist_init_@RUN@"
     [ "${ngpu}" -gt 0 ] || echo "--dist_backend gloo"
+}
+
+# Whether the recogniser has soft prompts of languages, which the tables utt2lang are for.
+with_languages() {
+    [[ ${asr_args} != *soft_prompt=per_language* ]] || return 0
+    [ -f "${asr_config}" ] && grep -qE '^ +soft_prompt: *per_language' "${asr_config}"
+}
+# A language for every utterance of the training and the valid set.
+prepare_languages() {
+    local name directory
+    with_languages || return 0
+    for name in train valid; do
+        directory=asr_${name}_dir
+        directory=${!directory}
+        [ -f "${directory}/utt2lang" ] ||
+            die "there is no ${directory}/utt2lang: soft prompts of languages need the language of every utterance"
+        tool prepare_languages --utt2lang "${directory}/utt2lang" --key_file "${directory}/wav.scp" \
+            --config "${asr_config}" --output "${asr_exp}/utt2lang/${name}"
+    done
+}
+# Options of decoding and evaluation for the languages of a set.
+language_args() { # set
+    with_languages || return 0
+    case ${inference_lang} in
+        predicted) ;;
+        utt2lang)
+            [ -f "${data_feats}/$1/utt2lang" ] ||
+                die "there is no ${data_feats}/$1/utt2lang: give --inference_lang predicted, unk or a language"
+            echo "--utt2lang ${data_feats}/$1/utt2lang"
+            ;;
+        *) echo "--lang ${inference_lang}" ;;
+    esac
 }
 
 # Stages 6 and 10: shapes, and means and variances, of a training and a validation list, by parallel
@@ -501,6 +534,11 @@ asr_common="--use_preprocessor true --token_type ${token_type} --bpemodel ${bpem
     --train_data_path_and_name_and_type ${asr_train_dir}/text,text,text
     --valid_data_path_and_name_and_type ${asr_valid_dir}/wav.scp,speech,sound
     --valid_data_path_and_name_and_type ${asr_valid_dir}/text,text,text"
+if with_languages; then
+    asr_common+=" --preprocessor multilingual --allow_variable_data_keys true
+        --train_data_path_and_name_and_type ${asr_exp}/utt2lang/train,lang,text
+        --valid_data_path_and_name_and_type ${asr_exp}/utt2lang/valid,lang,text"
+fi
 
 if runs 10; then
     need_tokens
@@ -515,6 +553,7 @@ if runs 10; then
     if is_done "${asr_stats_dir}/.done" "${mark}"; then
         log "already done"
     else
+        prepare_languages
         # shellcheck disable=SC2086
         collect_stats "${asr_stats_dir}" "${asr_train_dir}/wav.scp" "${asr_valid_dir}/wav.scp" "" \
             -m espnet2.bin.asr_train ${asr_common} --config "${asr_config}" ${asr_args} --batch_size 16
@@ -543,6 +582,10 @@ if runs 11; then
     for word in ${asr_args}; do
         [[ ${word} != *llm=* ]] || llm_marks+=$(llm_mark "${word#*llm=}")
     done
+    prepare_languages
+    if with_languages; then
+        init_marks+=$(checksum "${asr_exp}/utt2lang/train" "${asr_exp}/utt2lang/valid")
+    fi
     mark=$(checksum "${asr_config}" "${asr_args}" "${llm_marks}" "${init_args}" "${init_marks}" \
         "${normalize_args}" "$(cat "${asr_stats_dir}/.done")")
     if is_done "${asr_exp}/.done" "${mark}"; then
@@ -580,12 +623,14 @@ if [ "${use_lm}" = true ]; then
     model_args+=" --lm_train_config ${lm_files% *} --lm_file ${lm_files#* }"
 fi
 decode_dir=${asr_exp}/${inference_tag}
+decode_lang=""
+if with_languages; then decode_lang=${inference_lang}; fi
 eval_sets=${test_sets}
 [ "${eval_valid_set}" = false ] || eval_sets="${valid_set} ${test_sets}"
 decode_mark() {
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
         "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" \
-        "${tune_config}${tune_tool#tune_scales}" "$@"
+        "${tune_config}${tune_tool#tune_scales}${decode_lang}" "$@"
 }
 
 if runs 12; then
@@ -599,12 +644,13 @@ if runs 12; then
         else
             log "tuning the scales on ${valid_set}"
             mkdir -p "${decode_dir}/tune"
+            lang_args=$(language_args "${valid_set}")
             # shellcheck disable=SC2086
             logged --kind decode --ngpu "${inference_gpu}" --num_threads "${inference_nj}" \
                 "${decode_dir}/tune/tune.log" tool "${tune_tool}" ${model_args} \
                 --config "${tune_config}" --nj "${inference_nj}" --ngpu "${inference_gpu}" \
                 --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
-                --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune"
+                --text "${asr_valid_dir}/text" --output_dir "${decode_dir}/tune" ${lang_args}
             mark_done "${decode_dir}/tune/.done" "${mark}"
         fi
         config_args="--config ${decode_dir}/tune/best.yaml"
@@ -623,12 +669,13 @@ if runs 12; then
             mkdir -p "${directory}"
             mark_done "${directory}/.begun" "${mark}"
         fi
+        lang_args=$(language_args "${name}")
         jobs=$(tool split_data --nj "${inference_nj}" --name keys \
             --output_dir "${directory}/logdir" "${data_feats}/${name}/wav.scp")
         # shellcheck disable=SC2086
         run_jobs --kind decode --ngpu "${inference_gpu}" \
             "${jobs}" "${directory}/logdir/asr_inference.@JOB@.log" \
-            tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" \
+            tool asr_inference ${model_args} ${config_args} --ngpu "${inference_gpu}" ${lang_args} \
             --data_path_and_name_and_type "${data_feats}/${name}/wav.scp,speech,sound" \
             --key_file "${directory}/logdir/keys.@JOB@.scp" \
             --output_dir "${directory}/logdir/output.@JOB@" ${inference_args}
@@ -652,15 +699,21 @@ if runs 13; then
         tool score --ref "${data_feats}/${name}/text" --hyp "${decode_dir}/${name}/text" \
             --utt2spk "${data_feats}/${name}/utt2spk" ${token_args} \
             --output_dir "${decode_dir}/${name}"
+        if [ -f "${decode_dir}/${name}/lang_predicted" ] && [ -f "${data_feats}/${name}/utt2lang" ]; then
+            log "predicted languages of ${name}"
+            tool score_language_id --utt2lang "${data_feats}/${name}/utt2lang" \
+                --hyp "${decode_dir}/${name}/lang_predicted" --output_dir "${decode_dir}/${name}"
+        fi
     done
     mark=$(decode_mark "$(audio_mark "${asr_valid_dir}")" "${asr_valid_dir}/text")
     if grep -q '^model: espnet$' "${asr_exp}/config.yaml" &&
         ! grep -qE '^ +ctc_weight: 1(\.0+)?$' "${asr_exp}/config.yaml"; then
         log "a model with a decoder of ESPnet: no likelihood of ${valid_set}"
     elif ! is_done "${decode_dir}/nll/.done" "${mark}"; then
+        lang_args=$(language_args "${valid_set}")
         # shellcheck disable=SC2086
         run_jobs --kind decode 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
-            tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" \
+            tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" ${lang_args} \
             --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
             --data_path_and_name_and_type "${asr_valid_dir}/text,text,text"
         mark_done "${decode_dir}/nll/.done" "${mark}"
@@ -671,10 +724,11 @@ if runs 13; then
         if grep -q '^model: speech_llm$' "${asr_exp}/config.yaml"; then
             mark=$(decode_mark "$(audio_mark "${data_feats}/${first}")" "${data_feats}/${first}/text")
             if ! is_done "${decode_dir}/audio_use/.done" "${mark}"; then
+                lang_args=$(language_args "${first}")
                 # shellcheck disable=SC2086
                 run_jobs --kind decode --ngpu "${inference_gpu}" \
                     1 "${decode_dir}/audio_use/evaluate_audio_use.@JOB@.log" \
-                    tool evaluate_audio_use ${asr_model_args} --output_dir "${decode_dir}/audio_use" \
+                    tool evaluate_audio_use ${asr_model_args} ${lang_args} --output_dir "${decode_dir}/audio_use" \
                     --data_path_and_name_and_type "${data_feats}/${first}/wav.scp,speech,sound" \
                     --data_path_and_name_and_type "${data_feats}/${first}/text,text,text" \
                     --token_int "${decode_dir}/${first}/token_int" --ngpu "${inference_gpu}"
