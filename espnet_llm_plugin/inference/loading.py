@@ -140,6 +140,27 @@ def load_asr(
     )
 
 
+def load_model(
+    config: PathLike, model_file: PathLike, device: str = "cpu"
+) -> tuple[torch.nn.Module, argparse.Namespace]:
+    """Any ASR model of ESPnet or this package for scoring, not for our searches.
+
+    Returns:
+        The model in evaluation mode, and its training configuration.
+
+    Raises:
+        UserError: A file is missing or broken, or the checkpoint does not fit the configuration.
+    """
+    registry.register()
+    from espnet2.asr.espnet_model import ESPnetASRModel
+    from espnet2.tasks.asr import ASRTask
+
+    model, train_args = _build(ASRTask, "asr", config, model_file, device)
+    if type(model) is ESPnetASRModel:
+        _check_complete(model, model_file)
+    return model.to(device).eval(), train_args
+
+
 def load_lm(
     config: PathLike,
     model_file: PathLike,

@@ -119,6 +119,14 @@ def asr_tokenizer(
     """The tokenisation of the ASR model: text to token ids, unknown tokens to ``<unk>``."""
     from espnet_llm_plugin.llm.tokenizer import load_sentencepiece
 
+    if token_type == "hugging_face":
+        from espnet_llm_plugin.llm.adaptation import load_tokenizer
+        from espnet_llm_plugin.llm.backbone import resolve_llm
+
+        if bpemodel is None:
+            raise UserError("the tokens are an LLM's own; give it as --bpemodel.")
+        native = load_tokenizer(resolve_llm(bpemodel))
+        return lambda text: native(text, add_special_tokens=False)["input_ids"]
     index = {token: i for i, token in enumerate(tokens)}
     unk = index[UNK]
     if token_type == "bpe":
