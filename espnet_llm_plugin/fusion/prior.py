@@ -155,23 +155,18 @@ def save_prior(prior: Prior, path: Union[str, Path], tokens: Sequence[str], sour
         stream.write("\n")
 
 
-def load_prior(
-    path: Union[str, Path], tokens: Sequence[str], name: str = "the ASR model's token list"
-) -> Prior:
-    """Read what :func:`save_prior` wrote.
-
-    Args:
-        path: The file.
-        tokens: V tokens that it must be of.
-        name: What these are, for the message.
+def read_prior(path: Union[str, Path]) -> tuple[Prior, list[str]]:
+    """A prior and the tokens it is of, as :func:`save_prior` wrote them.
 
     Raises:
-        UserError: Missing or malformed, or of another token list.
+        UserError: Missing or malformed.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        theirs, values = list(content["tokens"]), torch.tensor(content["log_prior"])
-        prior = Prior(content["mode"], values.float())
+        tokens = [str(token) for token in content["tokens"]]
+        prior = Prior(content["mode"], torch.tensor(content["log_prior"]).float())
+        if len(tokens) != len(prior.log_prior):
+            raise ValueError(f"{len(tokens)} tokens, {len(prior.log_prior)} numbers")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,7 +174,24 @@ def load_prior(
             f"{path} is not a prior as `python -m espnet_llm_plugin.bin.estimate_prior` writes it "
             f"({error})"
         ) from None
-    if theirs != list(tokens) or len(theirs) != len(values):
+    return prior, tokens
+
+
+def load_prior(
+    path: Union[str, Path], tokens: Sequence[str], name: str = "the ASR model's token list"
+) -> Prior:
+    """A prior that must be of a token list.
+
+    Args:
+        path: File of :func:`save_prior`.
+        tokens: V tokens that it must be of.
+        name: What these are, for the message.
+
+    Raises:
+        UserError: Missing or malformed, or of another token list.
+    """
+    prior, theirs = read_prior(path)
+    if theirs != list(tokens):
         place = next((i for i, (a, b) in enumerate(zip(theirs, tokens)) if a != b), None)
         where = (
             f"{len(theirs)} tokens against {len(tokens)}"
