@@ -18,8 +18,6 @@ from espnet_llm_plugin.llm.adaptation import load_tokenizer
 from espnet_llm_plugin.llm.backbone import FrozenLLM, resolve_llm
 from espnet_llm_plugin.llm.directory import TOKENS_FILE, llm_tokens
 
-ILMS = ("zero_context",)
-
 
 def load_text_scorer(
     args: argparse.Namespace, device: torch.device
@@ -33,29 +31,20 @@ def load_text_scorer(
     Raises:
         UserError: None or both are given, or options that do not fit it.
     """
-    if bool(args.llm) == bool(args.lm_train_config):
-        raise UserError(
-            "give one LM: --llm (a Hugging Face LLM in its own tokens, or one adapted to the ASR "
-            "tokens), or --lm_train_config and --lm_file (an ESPnet LM)"
-        )
-    same = {
-        name: getattr(args, name) for name in ("eos", "lm_temperature", "lm_lowercase", "llm_dtype")
-    }
-    if args.lm_train_config:
-        config = require_file(args.lm_train_config, "--lm_train_config", "config.yaml of the LM")
-        tokens = list(read_train_config(config)["token_list"])
-        lm = load_lm(config, args.lm_file, tokens, device=str(device))
-        stat = Path(args.lm_file).stat()
-        same["lm"] = [str(args.lm_file), stat.st_size, stat.st_mtime]
-        return _label(args, lm, tokens, device), tokens, same
+    if not (args.llm and not is_adapted(args.llm)):
+        lm, tokens, same = load_label_lm(args, device)
+        if args.lm_lowercase:
+            raise UserError(
+                "--lm_lowercase true: an LM over the ASR tokens scores these tokens; it is for an "
+                "LLM in its own tokens"
+            )
+        same.update(eos=args.eos, lm_temperature=args.lm_temperature)
+        options = dict(end=args.eos, temperature=args.lm_temperature)
+        return label_scorer(lm, len(tokens), device, **options), tokens, same
+    _one_lm(args)
     llm = FrozenLLM(args.llm, dtype=args.llm_dtype)
-    same["lm"] = llm.fingerprint.hex()
-    if (resolve_llm(args.llm) / TOKENS_FILE).is_file():
-        from espnet_llm_plugin.llm.causal_llm import CausalLLM
-
-        tokens = llm_tokens(args.llm)
-        lm = CausalLLM(len(tokens), llm=args.llm, frozen=True, dtype=args.llm_dtype).eval()
-        return _label(args, lm, tokens, device), tokens, same
+    names = ("eos", "lm_temperature", "lm_lowercase", "llm_dtype")
+    same = {"lm": llm.fingerprint.hex(), **{name: getattr(args, name) for name in names}}
     scorer = LLMTextScorer(
         llm.model(device),
         load_tokenizer(llm.directory),
@@ -67,15 +56,43 @@ def load_text_scorer(
     return scorer, None, same
 
 
-def _label(
-    args: argparse.Namespace, lm: Any, tokens: list[str], device: torch.device
-) -> LabelTextScorer:
-    if args.lm_lowercase:
+def load_label_lm(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Any, list[str], dict[str, Any]]:
+    """An LM over ASR tokens: ``LMTask``'s ``model.lm``, its token list, and what identifies it.
+
+    Raises:
+        UserError: None or two are given, or an LLM that is not adapted.
+    """
+    _one_lm(args)
+    if args.lm_train_config:
+        config = require_file(args.lm_train_config, "--lm_train_config", "config.yaml of the LM")
+        tokens = list(read_train_config(config)["token_list"])
+        lm = load_lm(config, args.lm_file, tokens, device=str(device))
+        return lm, tokens, {"lm": _stamp(args.lm_file)}
+    from espnet_llm_plugin.llm.causal_llm import CausalLLM
+
+    tokens = llm_tokens(args.llm)
+    lm = CausalLLM(len(tokens), llm=args.llm, frozen=True, dtype=args.llm_dtype).eval()
+    return lm, tokens, {"lm": FrozenLLM(args.llm).fingerprint.hex(), "llm_dtype": args.llm_dtype}
+
+
+def is_adapted(llm: str) -> bool:
+    """Whether the rows of an LLM are the tokens of an ASR token list."""
+    return (resolve_llm(llm) / TOKENS_FILE).is_file()
+
+
+def _one_lm(args: argparse.Namespace) -> None:
+    if bool(args.llm) == bool(args.lm_train_config):
         raise UserError(
-            "--lm_lowercase true: an LM over the ASR tokens scores these tokens; it is for an LLM "
-            "in its own tokens"
+            "give one LM: --llm (a Hugging Face LLM in its own tokens, or one adapted to the ASR "
+            "tokens), or --lm_train_config and --lm_file (an ESPnet LM)"
         )
-    return label_scorer(lm, len(tokens), device, end=args.eos, temperature=args.lm_temperature)
+
+
+def _stamp(path: str) -> list:
+    stat = Path(path).stat()
+    return [str(path), stat.st_size, stat.st_mtime]
 
 
 def internal_lm(
@@ -91,8 +108,7 @@ def internal_lm(
     end = "none" if args.eos == "none" else "eos"
     model, _ = load_model(args.asr_train_config, args.asr_model_file, str(device))
     ilm = ZeroContextILM.of(model)
-    stat = Path(args.asr_model_file).stat()
-    same = {"ilm": [str(args.asr_model_file), stat.st_size, stat.st_mtime], "end": end}
+    same = {"ilm": _stamp(args.asr_model_file), "end": end}
     tokens = list(model.token_list)
     scorer = LabelTextScorer(lambda ids: ilm(ids, None)[0], len(tokens), device, end=end)
     return scorer, tokens, same

@@ -135,7 +135,7 @@ def load_asr(
             bpemodel,
         ),
         is_ctc=is_ctc,
-        sample_rate=_sample_rate(train_args),
+        sample_rate=sample_rate(train_args),
         is_speech_llm=is_speech_llm,
     )
 
@@ -252,7 +252,8 @@ def _check_complete(model: torch.nn.Module, model_file: PathLike) -> None:
         )
 
 
-def _sample_rate(train_args: argparse.Namespace) -> Optional[int]:
+def sample_rate(train_args: argparse.Namespace) -> Optional[int]:
+    """Hz of the waveforms that a model was trained on; None where it reads no waveform."""
     if getattr(train_args, "frontend", None) is None:
         return None
     rate = (train_args.frontend_conf or {}).get("fs", 16000)
