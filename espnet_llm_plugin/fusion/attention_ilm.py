@@ -72,6 +72,9 @@ class ZeroContextILM(BatchScorerInterface):
 
     def score(self, y: Tensor, state: Any, x: Any) -> tuple[Tensor, Any]:
         """Log-probs (V,) of the token after prefix ``y`` (L,), and its state; ``x`` is not used."""
+        if hasattr(self.decoder, "batch_score"):  # whose states are other ones than score's
+            rows, states = self.batch_score(y[None], [state], None)
+            return rows[0], states[0]
         with torch.no_grad():
             return self.decoder.score(y, state, self._zeros[0])
 

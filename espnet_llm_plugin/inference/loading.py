@@ -4,13 +4,16 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence, Union
 
 import torch
 import yaml
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.bigram import LabelBigram
 
 PathLike = Union[str, Path]
 
@@ -190,6 +193,24 @@ def load_lm(
             "model's token list"
         )
     return model.lm.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def load_ilm(
+    ilm: str, ilm_file: Optional[PathLike], token_list: Sequence[str]
+) -> Optional["LabelBigram"]:
+    """The bigram of ``--ilm bigram``; None for the model's own estimate.
+
+    Raises:
+        UserError: One of the two options without the other, or a bigram of other tokens.
+    """
+    if ilm != "bigram":
+        if ilm_file:
+            raise UserError(f"--ilm_file {ilm_file} needs --ilm bigram")
+        return None
+    from espnet_llm_plugin.fusion.bigram import LabelBigram
+
+    path = require_file(ilm_file, "--ilm_file", "bigram written by estimate_bigram")
+    return LabelBigram.load(path, token_list)
 
 
 def require_file(path: Optional[PathLike], option: str, what: str) -> Path:
