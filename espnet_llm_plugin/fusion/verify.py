@@ -235,7 +235,7 @@ class DraftVerifier:
         for batch in length_sorted_batches(lengths, self._vocab_size, self._batch_size):
             longest = max(lengths[i] for i in batch)
             ids = torch.tensor(
-                [[sos, *sequences[i], *[sos] * (longest - lengths[i])] for i in batch],
+                [[sos, *sequences[i], *[0] * (longest - lengths[i])] for i in batch],
                 device=self._device,
             )
             log_probs = self._forward(ids).float().log_softmax(dim=-1)

@@ -176,3 +176,28 @@ def score_adapted(llm_dir: Union[str, Path], sentences: Sequence[str]) -> TextSc
         bos=tokens.index(SOS_EOS),
         blank=0,
     )
+
+
+def score_llm(llm: Union[str, Path], sentences: Sequence[str]) -> TextScore:
+    """Score sentences under an LLM in the tokens it has, its own or those of an ASR list.
+
+    Args:
+        llm: Directory or hub id.
+        sentences: Words separated by spaces.
+
+    Raises:
+        UserError: No LLM, or no tokenizer.
+    """
+    from espnet_llm_plugin.llm.adaptation import load_tokenizer
+    from espnet_llm_plugin.llm.backbone import load_causal_lm, quiet_transformers, resolve_llm
+    from espnet_llm_plugin.llm.own_tokens import has_own_tokens
+    from espnet_llm_plugin.llm.vocabulary import special_rows
+
+    if not has_own_tokens(llm):
+        return score_adapted(llm, sentences)
+    tokenizer = load_tokenizer(resolve_llm(llm))
+    model = load_causal_lm(llm)
+    with quiet_transformers():  # it warns of sentences longer than the model
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sentences]
+    words = sum(len(sentence.split()) for sentence in sentences)
+    return score_text(model, ids, words, bos=special_rows(tokenizer, model.config)[0])

@@ -50,8 +50,8 @@ def sequence_log_probs(
     longest = max(map(len, sequences))
     if longest < 2:
         return [0.0] * len(sequences)
-    # Padded at the right with the first token: out of sight of every scored position by causality.
-    rows = [[*ids, *[ids[0]] * (longest - len(ids))] for ids in sequences]
+    # Padded at the right with any token: out of sight of every scored position by causality.
+    rows = [[*ids, *[0] * (longest - len(ids))] for ids in sequences]
     ids = torch.tensor(rows, device=device)
     logits = forward(ids[:, :-1]).float()
     if temperature != 1.0:
