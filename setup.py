@@ -57,6 +57,8 @@ setup(
         "leaderboard": LEADERBOARD,
         # Jobs of the recipes on Slurm (--cmd_backend slurm).
         "slurm": SLURM,
+        # n-gram LMs (--ngram_file); builds from source.
+        "ngram": ["kenlm>=0.2"],
         "dev": [
             "pytest>=8",
             "pytest-xdist",

@@ -98,6 +98,27 @@ def patch_asr_statistics() -> None:
     task.build_model = classmethod(build_model)
 
 
+def patch_lm_token_types() -> None:
+    """Let ``lm_train`` take ``--token_type hugging_face``, as ``asr_train`` does. Idempotent.
+
+    ESPnet's preprocessor knows it, its LM task alone does not offer it.
+    """
+    task = importlib.import_module("espnet2.tasks.lm").LMTask
+    original = task.add_task_arguments.__func__
+    if getattr(original, "offers_hugging_face", False):
+        return
+
+    def add_task_arguments(cls, parser):
+        original(cls, parser)
+        for action in parser._actions:
+            if action.dest == "token_type" and "hugging_face" not in action.choices:
+                action.choices = [*action.choices, "hugging_face"]
+        return parser
+
+    add_task_arguments.offers_hugging_face = True
+    task.add_task_arguments = classmethod(add_task_arguments)
+
+
 def patch_espnet_trainer() -> None:
     """Make ESPnet's checkpoints safe to average and safe to kill. Idempotent."""
     _patch_average_nbest_models()

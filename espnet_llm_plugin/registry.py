@@ -135,6 +135,8 @@ def register(kinds: tuple[str, ...] = tuple(CHOICES)) -> None:
     compat.patch_espnet_trainer()
     if "decoder" in kinds:
         compat.patch_asr_statistics()
+    if "lm" in kinds:
+        compat.patch_lm_token_types()
     compat_samplers.patch_category_samplers()
     compat_optimizers.patch_build_optimizers()
 

@@ -190,3 +190,15 @@ def test_chat_templates_see_the_same_day_always():
         assert chat_template_utils.datetime.now().strftime("%d %b %Y") == "26 Jul 2024"
         raise RuntimeError
     assert chat_template_utils.datetime is before
+
+
+def test_lm_task_takes_an_llms_own_tokens():
+    from espnet2.tasks.lm import LMTask
+
+    def choices():
+        (action,) = (a for a in LMTask.get_parser()._actions if a.dest == "token_type")
+        return action.choices
+
+    compat.patch_lm_token_types()
+    compat.patch_lm_token_types()
+    assert choices() == ["bpe", "char", "word", "hugging_face"]

@@ -1,4 +1,5 @@
-"""Word perplexity of a text under an LLM in ASR pieces (as adapt_vocabulary, export_llm write it).
+"""Word perplexity of a text under an LLM, in ASR pieces (as adapt_vocabulary, export_llm write it)
+or in its own tokens.
 
 Comparable with other vocabularies: sum of -log P over all pieces, without ends of sentences, by
 words.
@@ -17,7 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--llm", required=True, help="directory with tokens.txt")
+    parser.add_argument("--llm", required=True, help="directory or hub id")
     parser.add_argument("--text", required=True, help="`id words ...` a line")
     parser.add_argument("--output", required=True, help="JSON file to write")
     return parser
@@ -26,9 +27,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = get_parser().parse_args(cmd)
     from espnet_llm_plugin.data.atomic import atomic_write
-    from espnet_llm_plugin.llm.perplexity import read_text, score_adapted
+    from espnet_llm_plugin.llm.perplexity import read_text, score_llm
 
-    score = score_adapted(args.llm, read_text(args.text, has_ids=True))
+    score = score_llm(args.llm, read_text(args.text, has_ids=True))
     report = {
         "word_perplexity": score.word_perplexity,
         "token_perplexity": score.token_perplexity,

@@ -1,5 +1,7 @@
 """Join LM training texts, drop empty lines, and look for sentences of the evaluation sets."""
 
+from espnet2.utils.types import str2bool
+
 from espnet_llm_plugin.bin.data_options import new_parser
 from espnet_llm_plugin.data.lm_text import CONTAMINATION, prepare_lm_text
 from espnet_llm_plugin.errors import run_cli
@@ -19,6 +21,9 @@ def get_parser():
     parser.add_argument(
         "--contamination", choices=CONTAMINATION, default="keep", help="What to do with such lines"
     )
+    parser.add_argument(
+        "--lowercase", type=str2bool, default=False, help="Write the sentences in lower case"
+    )
     return parser
 
 
@@ -31,6 +36,7 @@ def main(cmd=None):
         plain_texts=args.plain_text,
         evaluation_texts=args.eval_text,
         contamination=args.contamination,
+        lowercase=args.lowercase,
     )
     fate = {"keep": "kept", "drop": "dropped", "error": "found"}[args.contamination]
     print(

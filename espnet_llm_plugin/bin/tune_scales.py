@@ -14,7 +14,11 @@ from typing import Optional, Sequence
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
-from espnet_llm_plugin.inference.options import add_model_options, parse_with_configs
+from espnet_llm_plugin.inference.options import (
+    add_ilm_options,
+    add_model_options,
+    parse_with_configs,
+)
 from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
@@ -59,6 +63,7 @@ def get_parser(
     group.add_argument("--lm_file", help="LM checkpoint")
     group.add_argument("--token_type", type=types.str_or_none)
     group.add_argument("--bpemodel", type=types.str_or_none)
+    add_ilm_options(group)
     add_model_options(parser)
 
     group = parser.add_argument_group("Grid (one value or several; default: the model's own)")

@@ -39,6 +39,7 @@ def prepare_lm_text(
     plain_texts: Sequence[PathLike] = (),
     evaluation_texts: Sequence[PathLike] = (),
     contamination: str = "keep",
+    lowercase: bool = False,
 ) -> LMTextSummary:
     """Write one file of ``<id> <sentence>`` lines.
 
@@ -50,6 +51,7 @@ def prepare_lm_text(
             equal to one of them, up to case and spacing, are counted.
         contamination: What happens to such lines: ``keep``, ``drop`` or ``error``. (In tasks with
             few different sentences, such as digits, they are no contamination.)
+        lowercase: Write the sentences in lower case.
 
     Raises:
         UserError: An id occurs twice, a line is not UTF-8, nothing is left.
@@ -71,7 +73,8 @@ def prepare_lm_text(
                     examples.append(place)
                 if contamination == "drop":
                     continue
-            stream.write(f"{key} {' '.join(words)}\n")
+            sentence = " ".join(words)
+            stream.write(f"{key} {sentence.lower() if lowercase else sentence}\n")
             hashes.append(hash(key))
             written += 1
         if contaminated and contamination == "error":

@@ -100,7 +100,7 @@ def name_of(axis: str, scales: AnyScales) -> str:
 def value_of(axis: str, scales: AnyScales) -> float:
     """The value of that option."""
     value = getattr(scales, axis)
-    return 0.0 - value if name_of(axis, scales) == ILM_WEIGHT else value
+    return value if name_of(axis, scales) == axis else 0.0 - value
 
 
 def used_axes(points: Sequence[Point], has_lm: bool) -> list[str]:
@@ -280,8 +280,8 @@ def edges(best: Point, points: Sequence[Point]) -> list[str]:
         values = axis_values(points, axis) if getattr(best.scales, axis) is not None else []
         value = getattr(best.scales, axis)
         # 0 is a natural end of every scale but the bonus; the internal LM's weight is -beta.
-        natural = values[-1:] if name_of(axis, best.scales) == ILM_WEIGHT else values[:1]
-        if axis not in ("label_bonus", "penalty") and value == 0 and natural == [0]:
+        natural = values[:1] if name_of(axis, best.scales) == axis else values[-1:]
+        if not axis.endswith("bonus") and axis != "penalty" and value == 0 and natural == [0]:
             continue
         if len(values) > 1 and value in (values[0], values[-1]):
             found.append(name_of(axis, best.scales))

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
+from espnet_llm_plugin.fusion.ngram import NgramLM
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
-from espnet_llm_plugin.inference.loading import load_asr, load_lm
+from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import (
     add_model_options,
     add_search_options,
@@ -89,7 +90,17 @@ def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None)
     )
     writer = ResultWriter(
         args.output_dir,
-        identity(args, [args.asr_model_file, args.lm_file, args.predictor_file, args.utt2lang]),
+        identity(
+            args,
+            [
+                args.asr_model_file,
+                args.lm_file,
+                args.predictor_file,
+                args.ilm_file,
+                args.ngram_file,
+                args.utt2lang,
+            ],
+        ),
     )
     try:
         decode_all(recognizer, data, writer, args.num_workers, args.batch_size, languages)
@@ -120,7 +131,18 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
         bpemodel=args.bpemodel,
     )
     set_chunk_ms(asr.model, getattr(args, "chunk_ms", None))
-    lm = None
+    lm, lm_weight = None, args.lm_weight
+    ngram_file = getattr(args, "ngram_file", None)
+    if ngram_file and args.lm_train_config:
+        raise UserError(
+            f"--ngram_file {ngram_file} and --lm_train_config {args.lm_train_config}: the search "
+            "has one external LM"
+        )
+    if ngram_file and asr.is_speech_llm:
+        raise UserError(f"--ngram_file {ngram_file}: the search of a speech_llm has no n-gram LM")
+    if ngram_file:
+        require_file(ngram_file, "--ngram_file", "n-gram LM over the model's tokens")
+        lm, lm_weight = NgramLM(ngram_file, asr.model.token_list), args.ngram_weight
     if args.lm_train_config:
         lm = load_lm(
             args.lm_train_config,
@@ -142,7 +164,7 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
             args.alpha,
             args.beta,
             bonus_of(args),
-            lm_weight=args.lm_weight if lm is not None else 0.0,
+            lm_weight=lm_weight if lm is not None else 0.0,
             ilm_weight=args.ilm_weight,
             blank_scale=args.blank_scale,
         ),
@@ -150,6 +172,7 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
         max_symbols_per_frame=args.max_symbols_per_frame,
         nbest=args.nbest,
         normalize_length=args.normalize_length,
+        ilm=load_ilm(args.ilm, args.ilm_file, asr.model.token_list),
     )
 
 

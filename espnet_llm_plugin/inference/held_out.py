@@ -16,7 +16,7 @@ from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
 from espnet_llm_plugin.inference.languages import given_languages
-from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
+from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import build_search, encode
 from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer
@@ -53,7 +53,7 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
 def model_files(args: argparse.Namespace) -> list[Optional[str]]:
     """Files that the results depend on."""
     files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
-    return [*files, args.predictor_file, args.text, args.utt2lang]
+    return [*files, args.predictor_file, args.ilm_file, args.text, args.utt2lang]
 
 
 class HeldOut:
@@ -101,6 +101,7 @@ class HeldOut:
                 lm,
                 beam_size=args.beam_size,
                 max_symbols_per_frame=args.max_symbols_per_frame,
+                ilm=load_ilm(args.ilm, args.ilm_file, self.asr.model.token_list),
             )
         self.data = Utterances(
             args.data_path_and_name_and_type,

@@ -4,7 +4,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence, Union
 
 import torch
 import yaml
@@ -12,6 +12,9 @@ import yaml
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.model_parts import without_training_parts
+
+if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.bigram import LabelBigram
 
 PathLike = Union[str, Path]
 
@@ -136,9 +139,30 @@ def load_asr(
             bpemodel,
         ),
         is_ctc=is_ctc,
-        sample_rate=_sample_rate(train_args),
+        sample_rate=sample_rate(train_args),
         is_speech_llm=is_speech_llm,
     )
+
+
+def load_model(
+    config: PathLike, model_file: PathLike, device: str = "cpu"
+) -> tuple[torch.nn.Module, argparse.Namespace]:
+    """Any ASR model of ESPnet or this package for scoring, not for our searches.
+
+    Returns:
+        The model in evaluation mode, and its training configuration.
+
+    Raises:
+        UserError: A file is missing or broken, or the checkpoint does not fit the configuration.
+    """
+    registry.register()
+    from espnet2.asr.espnet_model import ESPnetASRModel
+    from espnet2.tasks.asr import ASRTask
+
+    model, train_args = _build(ASRTask, "asr", config, model_file, device)
+    if type(model) is ESPnetASRModel:
+        _check_complete(model, model_file)
+    return model.to(device).eval(), train_args
 
 
 def load_lm(
@@ -170,6 +194,24 @@ def load_lm(
             "model's token list"
         )
     return model.lm.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def load_ilm(
+    ilm: str, ilm_file: Optional[PathLike], token_list: Sequence[str]
+) -> Optional["LabelBigram"]:
+    """The bigram of ``--ilm bigram``; None for the model's own estimate.
+
+    Raises:
+        UserError: One of the two options without the other, or a bigram of other tokens.
+    """
+    if ilm != "bigram":
+        if ilm_file:
+            raise UserError(f"--ilm_file {ilm_file} needs --ilm bigram")
+        return None
+    from espnet_llm_plugin.fusion.bigram import LabelBigram
+
+    path = require_file(ilm_file, "--ilm_file", "bigram written by estimate_bigram")
+    return LabelBigram.load(path, token_list)
 
 
 def require_file(path: Optional[PathLike], option: str, what: str) -> Path:
@@ -233,7 +275,8 @@ def _check_complete(model: torch.nn.Module, model_file: PathLike) -> None:
         )
 
 
-def _sample_rate(train_args: argparse.Namespace) -> Optional[int]:
+def sample_rate(train_args: argparse.Namespace) -> Optional[int]:
+    """Hz of the waveforms that a model was trained on; None where it reads no waveform."""
     if getattr(train_args, "frontend", None) is None:
         return None
     rate = (train_args.frontend_conf or {}).get("fs", 16000)

@@ -18,8 +18,6 @@ _ESPNET_STREAMING = "espnet2.bin.asr_inference_streaming"
 # ESPnet's options that our search cannot honour, with what to do instead.
 _UNSUPPORTED = {
     "time_sync": "the search is time-synchronous as it is",
-    "ngram_file": "n-gram LMs are not supported",
-    "ngram_weight": "n-gram LMs are not supported",
     "word_lm_train_config": "word LMs are not supported",
     "word_lm_file": "word LMs are not supported",
     "model_tag": "download the model and give --asr_train_config and --asr_model_file",
@@ -128,8 +126,9 @@ def add_search_options(
         type=float,
         default=0.0,
         help="Weight of the internal LM, which is subtracted: the predictor LM of a "
-        "factorized_transducer, the estimate without encoder of an RNN-T",
+        "factorized_transducer, the estimate of --ilm of an RNN-T",
     )
+    add_ilm_options(group)
     group.add_argument(
         "--blank_scale", type=float, default=1.0, help="Factor of the blank's log-probability"
     )
@@ -139,6 +138,17 @@ def add_search_options(
         default=3,
         help="Labels a transducer may emit in one encoder frame",
     )
+
+
+def add_ilm_options(group: Any) -> None:
+    """Which internal LM of an RNN-T is subtracted; ``group``: of options."""
+    group.add_argument(
+        "--ilm",
+        choices=["zero_encoder", "bigram"],
+        default="zero_encoder",
+        help="Internal LM of an RNN-T: its own estimate without encoder, or a bigram of its labels",
+    )
+    group.add_argument("--ilm_file", help="Bigram written by estimate_bigram")
 
 
 def add_endpoint_options(parser: argparse.ArgumentParser, default: bool) -> None:
@@ -292,6 +302,8 @@ def refuse_unsupported(
         raise UserError(f"--ngpu {args.ngpu}: decoding uses one GPU; run more jobs instead")
     if args.dtype == "float16":
         raise UserError("--dtype float16 is not supported: use float32")
+    if "ngram_weight" in changed and not args.ngram_file:
+        raise UserError(f"--ngram_weight {args.ngram_weight} needs --ngram_file")
     if args.lm_file and not args.lm_train_config:
         raise UserError("--lm_file needs --lm_train_config")
     if is_speech_llm:

@@ -13,11 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.encoder.streaming import AbsStreamingEncoder
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.bigram import LabelBigram
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
 from espnet_llm_plugin.inference.ctc import CTCSearch
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.ilm import WithBigramILM
 from espnet_llm_plugin.transducer.prefix_tree import MAX_BYTES
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
@@ -52,6 +54,7 @@ class Recognizer:
         max_symbols_per_frame: Labels a frame at most (transducers).
         nbest: Length of the result.
         normalize_length: Rank by the score per symbol.
+        ilm: See :func:`build_search`.
     """
 
     def __init__(
@@ -64,12 +67,13 @@ class Recognizer:
         max_symbols_per_frame: int = 3,
         nbest: int = 1,
         normalize_length: bool = False,
+        ilm: Optional[LabelBigram] = None,
     ):
         self.asr = asr
         self.scales = default_scales(asr) if scales is None else scales
         check_scales(asr, self.scales, has_lm=lm is not None)
         self.search = build_search(
-            asr, lm, beam_size=beam_size, max_symbols_per_frame=max_symbols_per_frame
+            asr, lm, beam_size=beam_size, max_symbols_per_frame=max_symbols_per_frame, ilm=ilm
         )
         self.nbest = nbest
         self.normalize_length = normalize_length
@@ -176,8 +180,17 @@ def build_search(
     *,
     beam_size: int = 8,
     max_symbols_per_frame: int = 3,
+    ilm: Optional[LabelBigram] = None,
 ) -> Search:
-    """The search of a model, with an external LM if given."""
+    """The search of a model, with an external LM if given.
+
+    ``ilm`` takes the place of the RNN-T's own internal LM.
+    """
+    if ilm is not None and (asr.is_ctc or is_factorized(asr)):
+        raise UserError(
+            "--ilm bigram is for an RNN-T; this model is "
+            + ("CTC" if asr.is_ctc else "a factorized_transducer, whose predictor is its LM")
+        )
     if beam_size < 1 or max_symbols_per_frame < 1:
         raise UserError(
             f"beam size {beam_size}, max_symbols_per_frame {max_symbols_per_frame}: "
@@ -191,6 +204,8 @@ def build_search(
             asr.model.ctc, beam_size=beam_size, external_lm=external, max_bytes=MAX_BYTES
         )
     scorer = build_scorer(asr.model)
+    if ilm is not None:
+        scorer = WithBigramILM(scorer, ilm)
     # Label l is token l + 1; an RNN-T has <sos/eos> among its labels, though it never trains it.
     eos = [asr.model.eos - 1] if scorer.num_labels >= asr.model.eos else []
     return TransducerSearch(

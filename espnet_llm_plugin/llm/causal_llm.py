@@ -1,18 +1,20 @@
 """A Hugging Face causal LM as a language model of ESPnet's LMTask (``--lm causal_llm``).
 
 B: sentences, L: tokens of the longest, N: prefixes, V: vocabulary, with ``<blank>`` 0 and
-``<sos/eos>`` V-1.
+``<sos/eos>`` V-1, or in an LLM's own tokens (see :mod:`espnet_llm_plugin.llm.own_tokens`).
 """
 
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from espnet2.lm.abs_model import AbsLM
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
-from espnet_llm_plugin.llm.directory import llm_tokens, set_special_ids
+from espnet_llm_plugin.llm.directory import set_special_ids
+from espnet_llm_plugin.llm.own_tokens import OwnTokens, check_vocab_size, has_own_tokens
 from espnet_llm_plugin.llm.state import PrefixLM, PrefixState
+from espnet_llm_plugin.llm.tuning import TunedLLM
 
 # Finite: minus infinity times a fusion weight of zero would be NaN.
 _MASKED = -1.0e9
@@ -27,14 +29,19 @@ class CausalLLM(AbsLM):
     Args:
         vocab_size: V, from LMTask.
         llm: LLM directory over this token list (written by ``adapt_vocabulary`` or
-            ``export_llm``); all its weights are trained and saved.
+            ``export_llm``), or any LLM if the list is that of its own tokens (``token_type:
+            hugging_face``).
         config: Hugging Face configuration of a model to train from scratch, e.g.
             ``{model_type: llama, hidden_size: 256, num_hidden_layers: 4, ...}``.
+        tuning: How ``llm`` is trained: ``full``, all its weights, which are saved; or ``lora``,
+            of which checkpoints hold the low-rank matrices alone (``export_llm`` merges them).
+        lora_conf: Options of LoRA, see :class:`espnet_llm_plugin.llm.lora.LoraOptions`.
         frozen: Use ``llm`` without training it. Its weights never reach a checkpoint; its
             fingerprint does, and is checked at load. Not for ``lm_train``: every LLM directory
             comes with ``espnet_lm.yaml`` and ``espnet_lm.pth`` to decode with.
-        dtype: Of a ``frozen`` LLM (``float32``, ``bfloat16``, ``float16``, ``auto``). Training
-            takes ESPnet's ``train_dtype`` and ``use_amp``.
+        dtype: Of weights that are not trained, those of a ``frozen`` LLM or below LoRA
+            (``float32``, ``bfloat16``, ``float16``, ``auto``). Otherwise training takes ESPnet's
+            ``train_dtype`` and ``use_amp``.
         gradient_checkpointing: Trade compute for memory in training.
         attn_implementation: ``sdpa``, or ``eager`` for instance.
 
@@ -51,36 +58,37 @@ class CausalLLM(AbsLM):
         vocab_size: int,
         llm: Optional[str] = None,
         config: Optional[dict] = None,
+        tuning: str = "full",
+        lora_conf: Optional[Mapping[str, Any]] = None,
         frozen: bool = False,
         dtype: Optional[str] = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
-        if (llm is None) == (config is None):
-            raise UserError(
-                "lm_conf of causal_llm needs either `llm` (directory to fine-tune) or `config` "
-                f"(model to train from scratch); got {'both' if llm else 'neither'}."
-            )
-        if frozen and (llm is None or gradient_checkpointing):
-            raise UserError(
-                "lm_conf of causal_llm: `frozen: true` needs `llm` and excludes "
-                "`gradient_checkpointing`, as nothing is trained."
-            )
-        if dtype is not None and not frozen:
-            raise UserError(
-                "lm_conf of causal_llm: `dtype` is for `frozen: true`; for training set ESPnet's "
-                "`train_dtype` or `use_amp`."
-            )
+        check_options(llm, config, tuning, lora_conf, frozen, dtype, gradient_checkpointing)
         self.vocab_size = vocab_size
         self.sos = vocab_size - 1
         self._frozen_llm: Optional[FrozenLLM] = None
         self._prefix_lm: Optional[PrefixLM] = None
+        self._own: Optional[OwnTokens] = None
         if llm is not None:
             check_vocab_size(llm, vocab_size)
+            self._own = OwnTokens(llm, vocab_size) if has_own_tokens(llm) else None
         if frozen:
             self._frozen_llm = FrozenLLM(llm, dtype=dtype or "float32")
             self.identity = LLMIdentity(self._frozen_llm)
+            return
+        if tuning == "lora":
+            self.tuned = TunedLLM(
+                llm,
+                tuning="lora",
+                lora_conf=lora_conf,
+                dtype=dtype or "float32",
+                gradient_checkpointing=gradient_checkpointing,
+                attn_implementation=attn_implementation,
+            )
+            self.train()
             return
         if llm is not None:
             self.llm = load_causal_lm(llm, attn_implementation=attn_implementation)
@@ -92,7 +100,9 @@ class CausalLLM(AbsLM):
         self.train()
 
     def model(self, device: Any = "cpu") -> Any:
-        """The Hugging Face model (a frozen one is loaded and moved to ``device``)."""
+        """The Hugging Face model (what is not trained of it is loaded and moved to ``device``)."""
+        if hasattr(self, "tuned"):
+            return self.tuned.model(device)
         return self.llm if self._frozen_llm is None else self._frozen_llm.model(device)
 
     def forward(self, input: torch.Tensor, hidden: None = None) -> tuple[torch.Tensor, None]:
@@ -104,13 +114,18 @@ class CausalLLM(AbsLM):
 
         Returns:
             Logits (B, L, V) float32 with blank masked, and ``None``.
+
+        Raises:
+            UserError: Text with a token that ESPnet takes for sos/eos (an LLM's own tokens).
         """
+        if self._own is not None:
+            input = self._own.inputs(input)
         # Causality hides the padding, so the mask is all ones and SDPA takes its causal kernel.
         # Given explicitly because OPT counts positions in it.
         output = self.model(input.device)(
             input_ids=input, attention_mask=torch.ones_like(input), use_cache=False
         )
-        return self._mask_blank(output.logits.float()), None
+        return self._outputs(output.logits.float()), None
 
     def zero_state(self) -> None:
         """State of the empty prefix (ESPnet's transducer searches ask for it)."""
@@ -145,6 +160,8 @@ class CausalLLM(AbsLM):
         Returns:
             Log-probs (N, V) with blank masked, and N new states.
         """
+        if hasattr(self, "tuned"):
+            self.tuned.merge()  # decoding costs that of the plain LLM; no training after it
         if self._prefix_lm is None or self._prefix_lm.model is not self.model(ys.device):
             self._prefix_lm = PrefixLM(self.model(ys.device))
         starts: list[Optional[PrefixState]] = []
@@ -163,7 +180,7 @@ class CausalLLM(AbsLM):
             )
             for i, score, state in zip(rows, scores, extended):
                 logits[i], new[i] = score, state
-        return self._mask_blank(torch.stack(logits)).log_softmax(dim=-1), new
+        return self._outputs(torch.stack(logits)).log_softmax(dim=-1), new
 
     def _missing(
         self, row: list[int], state: Optional[PrefixState]
@@ -171,16 +188,22 @@ class CausalLLM(AbsLM):
         """The state to go on from and the tokens to send through the LLM after it."""
         if state is not None and len(row) == 1:
             return state, row
-        begin = next((i for i, token in enumerate(row) if token != 0), len(row))
+        if self._own is not None:  # whose token 0 is one like others
+            row = self._own.prefix(row)
+            begin = 0
+        else:
+            begin = next((i for i, token in enumerate(row) if token != 0), len(row))
         tokens = row[begin:]
-        if not tokens or tokens[0] != self.sos:
+        if self._own is None and (not tokens or tokens[0] != self.sos):
             tokens = [self.sos, *tokens]  # transducer searches begin with blank
         known = 0 if state is None else state.length
         if 0 < known < len(tokens) and state.is_of(tokens[:known]):
             return state, tokens[known:]
         return None, tokens  # no state, or one of another prefix: from the start
 
-    def _mask_blank(self, logits: torch.Tensor) -> torch.Tensor:
+    def _outputs(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._own is not None:
+            return self._own.outputs(logits)
         blank = torch.arange(logits.shape[-1], device=logits.device) == 0
         return logits.masked_fill(blank, _MASKED)
 
@@ -207,16 +230,42 @@ class CausalLLM(AbsLM):
         return {**self.__dict__, "_prefix_lm": None}
 
 
-def check_vocab_size(llm: str, vocab_size: int) -> None:
-    """Refuse an LLM whose token list has another size than LMTask's.
-
-    LMTask passes no more than the size; ``check_llm_tokens`` compares the tokens.
-    """
-    tokens = llm_tokens(llm)
-    if len(tokens) != vocab_size:
+def check_options(
+    llm: Optional[str],
+    config: Optional[dict],
+    tuning: str,
+    lora_conf: Optional[Mapping[str, Any]],
+    frozen: bool,
+    dtype: Optional[str],
+    gradient_checkpointing: bool,
+) -> None:
+    """Refuse combinations of options of :class:`CausalLLM` without a meaning."""
+    if (llm is None) == (config is None):
         raise UserError(
-            f"LLM {llm} is over {len(tokens)} tokens, the token list has {vocab_size}. Run "
-            "`python -m espnet_llm_plugin.bin.adapt_vocabulary` with this token list."
+            "lm_conf of causal_llm needs either `llm` (directory to fine-tune) or `config` "
+            f"(model to train from scratch); got {'both' if llm else 'neither'}."
+        )
+    if tuning not in ("full", "lora"):
+        raise UserError(
+            f"lm_conf of causal_llm: tuning is {tuning!r}; expected full or lora (and `frozen: "
+            "true` for no training)."
+        )
+    if tuning == "lora" and (llm is None or frozen):
+        raise UserError(
+            "lm_conf of causal_llm: `tuning: lora` adapts a pretrained LLM; it needs `llm` and "
+            "excludes `frozen: true`."
+        )
+    if lora_conf is not None and tuning != "lora":
+        raise UserError("lm_conf of causal_llm: `lora_conf` is for `tuning: lora`.")
+    if frozen and (llm is None or gradient_checkpointing):
+        raise UserError(
+            "lm_conf of causal_llm: `frozen: true` needs `llm` and excludes "
+            "`gradient_checkpointing`, as nothing is trained."
+        )
+    if dtype is not None and not frozen and tuning != "lora":
+        raise UserError(
+            "lm_conf of causal_llm: `dtype` is for `frozen: true` and `tuning: lora`; for training "
+            "set ESPnet's `train_dtype` or `use_amp`."
         )
 
 

@@ -1,19 +1,22 @@
 """From an ESPnet LM checkpoint of ``causal_llm`` to an LLM directory."""
 
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.backbone import quiet_transformers
+from espnet_llm_plugin.llm.adaptation import load_tokenizer
+from espnet_llm_plugin.llm.backbone import quiet_transformers, resolve_llm
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
 from espnet_llm_plugin.llm.directory import check_output_dir, save_llm, write_directory
+from espnet_llm_plugin.llm.export_tuned import write_tuned_llm
+from espnet_llm_plugin.llm.own_tokens import has_own_tokens
 from espnet_llm_plugin.token_list import check_tokens
 
 
 def export_llm(
     lm_train_config: Union[str, Path], lm_file: Union[str, Path], output_dir: Union[str, Path]
 ) -> str:
-    """Write a trained ``causal_llm`` as a Hugging Face directory over its token list.
+    """Write a trained ``causal_llm`` as a Hugging Face directory over its token list, LoRA merged.
 
     Args:
         lm_train_config: ``config.yaml`` of ``lm_train``.
@@ -25,7 +28,7 @@ def export_llm(
 
     Raises:
         UserError: Missing or unreadable files, another kind of LM, a checkpoint that does not
-            belong to the config.
+            belong to the config, LoRA that cannot be merged.
     """
     import yaml
     from espnet2.tasks.lm import LMTask
@@ -49,8 +52,11 @@ def export_llm(
             f"{lm_train_config} is of a frozen LLM, nothing was trained: its directory "
             f"{conf['lm_conf'].get('llm')} is what an export would write."
         )
-    check_tokens(tokens, f"in {lm_train_config}")
-    bpemodel = conf.get("bpemodel")
+    llm = (conf.get("lm_conf") or {}).get("llm")
+    own = llm is not None and has_own_tokens(llm)
+    if not own:
+        check_tokens(tokens, f"in {lm_train_config}")
+    bpemodel = None if own else conf.get("bpemodel")
     if bpemodel is not None and not Path(bpemodel).is_file():
         raise UserError(
             f"{lm_train_config} names the sentencepiece model {bpemodel}, which does not exist; "
@@ -67,6 +73,12 @@ def export_llm(
             f"({type(error).__name__}: {reason})."
         ) from error
     assert isinstance(model.lm, CausalLLM)
+    if hasattr(model.lm, "tuned"):
+        return write_tuned_llm(model.lm.tuned.eval(), output_dir)
+    if own:
+        with quiet_transformers():
+            write_directory(output_dir, lambda partial: _save_own(model.lm.llm, llm, partial))
+        return f"wrote {output_dir}: {len(tokens)} tokens of its own; tokenizer: that of {llm}"
     note: list[str] = []
     with quiet_transformers():
         write_directory(
@@ -76,3 +88,9 @@ def export_llm(
             ),
         )
     return f"wrote {output_dir}: {len(tokens)} tokens; {note[0]}"
+
+
+def _save_own(model: Any, llm: str, directory: Path) -> None:
+    """The model, with the tokenizer of the LLM it was made from."""
+    model.save_pretrained(directory)
+    load_tokenizer(resolve_llm(llm)).save_pretrained(directory)

@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.sequence_scores import length_sorted_batches, sequence_log_probs
 from espnet_llm_plugin.token_list import SOS_EOS, SPACE, UNK, guess_token_type
 
 
@@ -63,25 +64,22 @@ def score_text(
         batch_size: B.
     """
     model.eval()
-    total, count = 0.0, 0
-    order = sorted((list(ids) for ids in sentences if len(ids)), key=len)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        longest = max(map(len, batch))
-        # Padded at the right with BOS: out of sight of every scored position by causality.
-        rows = [[bos, *ids] + [bos] * (longest - len(ids)) for ids in batch]
-        ids = torch.tensor(rows, device=model.device)
-        mask = torch.ones_like(ids)
-        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
-        logits = logits.float()
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits.float()
         if blank is not None:
             logits[..., blank] = -torch.inf
-        picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, L)
-        lengths = torch.tensor([len(row) for row in batch], device=model.device)
-        real = torch.arange(longest, device=model.device)[None, :] < lengths[:, None]
-        total += float(picked[real].double().sum())
-        count += int(lengths.sum())
-    return TextScore(total, count, words)
+        return logits
+
+    rows = [[bos, *ids] for ids in sentences if len(ids)]
+    total = 0.0
+    vocab_size = model.config.get_text_config().vocab_size
+    for batch in length_sorted_batches([len(row) for row in rows], vocab_size, batch_size):
+        some = [rows[i] for i in batch]
+        total += sum(sequence_log_probs(forward, some, device=model.device))
+    return TextScore(total, sum(map(len, rows)) - len(rows), words)
 
 
 def read_text(
@@ -119,6 +117,14 @@ def asr_tokenizer(
     """The tokenisation of the ASR model: text to token ids, unknown tokens to ``<unk>``."""
     from espnet_llm_plugin.llm.tokenizer import load_sentencepiece
 
+    if token_type == "hugging_face":
+        from espnet_llm_plugin.llm.adaptation import load_tokenizer
+        from espnet_llm_plugin.llm.backbone import resolve_llm
+
+        if bpemodel is None:
+            raise UserError("the tokens are an LLM's own; give it as --bpemodel.")
+        native = load_tokenizer(resolve_llm(bpemodel))
+        return lambda text: native(text, add_special_tokens=False)["input_ids"]
     index = {token: i for i, token in enumerate(tokens)}
     unk = index[UNK]
     if token_type == "bpe":
@@ -170,3 +176,28 @@ def score_adapted(llm_dir: Union[str, Path], sentences: Sequence[str]) -> TextSc
         bos=tokens.index(SOS_EOS),
         blank=0,
     )
+
+
+def score_llm(llm: Union[str, Path], sentences: Sequence[str]) -> TextScore:
+    """Score sentences under an LLM in the tokens it has, its own or those of an ASR list.
+
+    Args:
+        llm: Directory or hub id.
+        sentences: Words separated by spaces.
+
+    Raises:
+        UserError: No LLM, or no tokenizer.
+    """
+    from espnet_llm_plugin.llm.adaptation import load_tokenizer
+    from espnet_llm_plugin.llm.backbone import load_causal_lm, quiet_transformers, resolve_llm
+    from espnet_llm_plugin.llm.own_tokens import has_own_tokens
+    from espnet_llm_plugin.llm.vocabulary import special_rows
+
+    if not has_own_tokens(llm):
+        return score_adapted(llm, sentences)
+    tokenizer = load_tokenizer(resolve_llm(llm))
+    model = load_causal_lm(llm)
+    with quiet_transformers():  # it warns of sentences longer than the model
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sentences]
+    words = sum(len(sentence.split()) for sentence in sentences)
+    return score_text(model, ids, words, bos=special_rows(tokenizer, model.config)[0])

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 LIGHT = (
+    "check_contamination",
     "ctc_init",
     "diagnose",
     "filter_data_dir",

@@ -76,3 +76,8 @@ def test_real_text(shared_data, tmp_path):
     )
     assert counts.contaminated >= lines["test-clean"]
     assert counts.written == sum(lines.values()) - counts.contaminated - counts.empty > 2000
+
+
+def test_lower_case(files):
+    _, lines = run(files, lowercase=True)
+    assert lines[1] == "a3 three four"

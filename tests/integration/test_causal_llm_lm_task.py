@@ -1,12 +1,13 @@
 """causal_llm through ESPnet's own lm_train and lm_calc_perplexity, then exported."""
 
+import json
 import math
 
 import pytest
 import torch
 import yaml
 
-from tests.llm.tiny import TEXT, train_sentencepiece
+from tests.llm.tiny import TEXT, save_llm_dir, train_sentencepiece
 
 pytestmark = pytest.mark.integration
 
@@ -228,3 +229,90 @@ def test_copying_is_trained_by_lm_train_and_exported(work, caplog):
         ]
     )
     assert (work / "copy.json").is_file()
+
+
+LORA = {"tuning": "lora", "lora_conf": {"r": 4, "alpha": 16, "targets": "all-linear"}}
+
+
+def word_perplexity(llm, work, output):
+    from espnet_llm_plugin.bin import llm_perplexity
+
+    llm_perplexity.main([f"--llm={llm}", f"--text={work / 'valid'}", f"--output={output}"])
+    return json.loads(output.read_text())["word_perplexity"]
+
+
+@pytest.fixture(scope="module")
+def native(work):
+    """An LLM with its own tokens and its token list."""
+    from espnet_llm_plugin.bin import make_token_list
+
+    llm = save_llm_dir(work / "native")
+    make_token_list.main(
+        ["--token_type", "hugging_face", "--llm", str(llm), "--output_dir", str(work / "tokens")]
+    )
+    return llm, work / "tokens" / "tokens.txt"
+
+
+@pytest.mark.parametrize("tokens", ["asr", "own"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_fine_tuning_in_either_vocabulary(work, exported, native, tokens, tuning):
+    """Trained, saved, averaged, resumed, exported: perplexity falls, and is that of the export."""
+    from espnet_llm_plugin.bin import export_llm
+
+    llm, extra = exported, []
+    if tokens == "own":
+        llm, token_list = native
+        extra = ["--token_type", "hugging_face", "--bpemodel", str(llm)]
+        extra += ["--token_list", str(token_list)]
+    tag = f"{tuning}_{tokens}"
+    conf = {"llm": str(llm), **(LORA if tuning == "lora" else {})}
+    lm_train(work, tag, conf, *extra, "--max_epoch", "1")
+    lm_train(work, tag, conf, *extra, "--resume", "true")
+    checkpoint = work / tag / "valid.loss.ave.pth"
+    if tuning == "lora":
+        saved = torch.load(checkpoint)
+        assert all("lora_" in name or "fingerprint" in name for name in saved)
+    files = work / tag / "config.yaml", checkpoint
+    export_llm.main(
+        [
+            *[f"--lm_train_config={files[0]}", f"--lm_file={files[1]}"],
+            f"--output_dir={work / tag / 'llm'}",
+        ]
+    )
+    before = word_perplexity(llm, work, work / tag / "before.json")
+    after = word_perplexity(work / tag / "llm", work, work / tag / "after.json")
+    assert after < 0.9 * before
+    if tokens == "asr":
+        trained = perplexity(work, *files, work / tag / "ppl1")
+        exports = [work / tag / "llm" / f"espnet_lm.{end}" for end in ("yaml", "pth")]
+        assert perplexity(work, *exports, work / tag / "ppl2") == pytest.approx(trained, rel=1e-4)
+    else:
+        from espnet2.tasks.lm import LMTask
+        from transformers import AutoModelForCausalLM
+
+        model, _ = LMTask.build_model_from_file(*files, "cpu")
+        lm = model.lm.eval()
+        ids = torch.tensor([[model.sos, 4, 300, 6]])
+        again = AutoModelForCausalLM.from_pretrained(work / tag / "llm")
+        with torch.no_grad():
+            expected = again(input_ids=torch.tensor([[1, 4, 300, 6]])).logits  # BOS is 1
+            found = lm(ids, None)[0]
+        same = [n for n in range(found.shape[-1]) if n not in (2, found.shape[-1] - 1)]
+        torch.testing.assert_close(found[..., same], expected[..., same], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[..., -1], expected[..., 2], atol=1e-4, rtol=1e-4)  # EOS
+
+
+def test_statistics_of_a_pretrained_llm_do_not_load_it(work, native, monkeypatch):
+    from espnet_llm_plugin.llm import backbone, causal_llm
+
+    def never(*args, **kwargs):
+        raise AssertionError("loaded the LLM")
+
+    monkeypatch.setattr(backbone, "load_causal_lm", never)
+    monkeypatch.setattr(causal_llm, "load_causal_lm", never)
+    llm, token_list = native
+    extra = ["--collect_stats", "true", "--model_conf", "extract_feats_in_collect_stats=false"]
+    extra += ["--token_type", "hugging_face", "--bpemodel", str(llm)]
+    extra += ["--token_list", str(token_list)]
+    stats = lm_train(work, "native_stats", {"llm": str(llm), **LORA}, *extra)
+    assert len((stats / "train" / "text_shape").read_text().splitlines()) == len(TEXT) * 4

@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.adaptation import load_tokenizer
+from espnet_llm_plugin.llm.backbone import load_causal_lm, load_config
 from espnet_llm_plugin.llm.causal_llm import CausalLLM
 from tests.contracts.checkpoint_contract import CheckpointContract
 from tests.contracts.scorer_contract import ScorerContract
-from tests.llm.tiny import FAMILIES, char_tokens, save_adapted_dir, tiny_config
+from tests.llm.tiny import (
+    FAMILIES,
+    char_tokens,
+    save_adapted_dir,
+    save_llm_dir,
+    tiny_config,
+)
 
 V = len(char_tokens())
 SMALL = {
@@ -340,3 +348,149 @@ class TestOptions:
     def test_llm_over_another_token_list(self, adapted, frozen):
         with pytest.raises(UserError, match="over 12 tokens, the token list has 13"):
             CausalLLM(V + 1, llm=str(adapted), frozen=frozen)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """An LLM with its own tokens, of which it has fewer than rows."""
+    return save_llm_dir(tmp_path_factory.mktemp("llm") / "native")
+
+
+def rows_of(llm):
+    return load_config(llm).vocab_size
+
+
+LORA = {"r": 2, "alpha": 4, "targets": "all-linear"}
+
+
+def with_lora(llm, vocab_size=V, **options):
+    torch.manual_seed(0)
+    lm = CausalLLM(vocab_size, llm=str(llm), tuning="lora", lora_conf=LORA, **options)
+    with torch.no_grad():
+        for parameter in lm.parameters():  # B is zero at the start
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return lm
+
+
+class OwnTokensContract(ScorerContract):
+    """Token 0 is one like others."""
+
+    @pytest.fixture(autouse=True)
+    def _llm(self, native):
+        self.directory, self.vocab_size = native, rows_of(native)
+        self.sentences = ([4, 300, 0, 4, 9, 260], [4, 300, 8])
+
+    def test_blank_is_never_predicted(self):
+        rows, _ = self.walk(self.make_scorer(), self.sentences[0])
+        assert rows[:, 0].min() > -1e4
+
+
+class TestScorerOwnTokens(OwnTokensContract):
+    def make_scorer(self):
+        return CausalLLM(self.vocab_size, llm=str(self.directory), frozen=True)
+
+
+class TestScorerOwnTokensLora(OwnTokensContract):
+    def make_scorer(self):
+        return with_lora(self.directory, self.vocab_size).eval()
+
+
+class TestScorerLora(ScorerContract):
+    vocab_size = V
+
+    @pytest.fixture(autouse=True)
+    def _llm(self, adapted):
+        self.directory = adapted
+
+    def make_scorer(self):
+        return with_lora(self.directory).eval()
+
+
+class TestCheckpointLora(CheckpointContract):
+    @pytest.fixture(autouse=True)
+    def _llm(self, adapted, other):
+        self.directory, self.other = adapted, other
+
+    def make(self):
+        return CausalLLM(V, llm=str(self.directory), tuning="lora", lora_conf=LORA).eval()
+
+    def make_with_other_llm(self):
+        return CausalLLM(V, llm=str(self.other), tuning="lora", lora_conf=LORA).eval()
+
+    def run(self, model):
+        with torch.no_grad():
+            return model(torch.tensor([[V - 1, 4, 5, 3]]), None)[0]
+
+    def frozen_tensors(self, model):
+        return list(model.tuned._frozen_tensors())
+
+
+def test_own_tokens_are_the_llms(native):
+    """ESPnet's loss of a sentence is the LLM's, from BOS to EOS, whatever id ESPnet gives them."""
+    from espnet2.lm.espnet_model import ESPnetLanguageModel
+
+    rows = rows_of(native)
+    model = ESPnetLanguageModel(CausalLLM(rows, llm=str(native)).eval(), rows)
+    llm, tokenizer = load_causal_lm(native), load_tokenizer(native)
+    sentences = [[5, 0, 300, 7], [9, 260]]
+    text = torch.tensor([sentences[0], [*sentences[1], 0, 0]])
+    with torch.no_grad():
+        nll, _ = model.nll(text, torch.tensor([4, 2]))
+        for row, ids in zip(nll, sentences):
+            full = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            log_probs = llm(torch.tensor([full])).logits[0].log_softmax(-1)
+            expected = -sum(log_probs[n, token] for n, token in enumerate(full[1:]))
+            torch.testing.assert_close(row.sum(), expected, atol=1e-4, rtol=1e-5)
+    with pytest.raises(UserError, match=f"token {rows - 1} of LLM .*leave out the text"):
+        model.lm(torch.tensor([[rows - 1, 3, rows - 1]]), None)
+
+
+def test_lora_learns_and_the_llm_stays(adapted):
+    lm = CausalLLM(V, llm=str(adapted), tuning="lora", lora_conf=LORA)
+    frozen = [tensor.clone() for tensor in lm.tuned._frozen_tensors()]
+    optimizer = torch.optim.Adam(lm.parameters(), lr=0.05)
+    ids = torch.tensor([[V - 1, 4, 5, 3, 7]])
+    losses = []
+    for _ in range(8):
+        logits, _ = lm(ids[:, :-1], None)
+        loss = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    after = list(lm.tuned._frozen_tensors())
+    assert len(after) == len(frozen) or not frozen
+    plain = load_causal_lm(adapted)
+    found = [t for t in lm.tuned.model().state_dict() if "lora" not in t]
+    assert len(found) == len(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
+        own = lm.tuned.model().state_dict()
+        key = name if name in own else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(own[key], tensor)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"tuning": "some"}, "tuning is 'some'"),
+        ({"tuning": "lora", "frozen": True}, "excludes `frozen: true`"),
+        ({"lora_conf": {"r": 2}}, "`lora_conf` is for `tuning: lora`"),
+        ({"tuning": "lora", "lora_conf": {"rank": 2}}, "unknown option 'rank'"),
+    ],
+)
+def test_bad_tuning_is_named(adapted, options, message):
+    with pytest.raises(UserError, match=message):
+        CausalLLM(V, llm=str(adapted), **options)
+
+
+def test_lora_from_scratch_is_refused():
+    with pytest.raises(UserError, match="adapts a pretrained LLM"):
+        CausalLLM(V, config=SMALL, tuning="lora")
+
+
+def test_own_tokens_of_another_size(native):
+    with pytest.raises(
+        UserError, match="tokens of its own, the token list has 12.*make_token_list"
+    ):
+        CausalLLM(V, llm=str(native), frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from espnet_llm_plugin.bin.llm_perplexity import main
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.adaptation import load_tokenizer
 from espnet_llm_plugin.llm.backbone import load_causal_lm
 from espnet_llm_plugin.llm.perplexity import asr_tokenizer, read_text, score_text
 from tests.llm.tiny import (
@@ -114,8 +115,20 @@ def test_llm_in_asr_tokens(tmp_path, capsys):
     assert f"word perplexity {expected.word_perplexity:.1f}" in capsys.readouterr().out
 
 
-def test_llm_with_its_own_tokens_is_refused(tmp_path):
+def test_llm_in_its_own_tokens(tmp_path):
     llm = save_llm_dir(tmp_path / "llm")
-    (tmp_path / "text").write_text("u1 tea\n")
-    with pytest.raises(UserError, match="has no tokens.txt"):
-        main(["--llm", str(llm), "--text", f"{tmp_path}/text", "--output", f"{tmp_path}/x.json"])
+    (tmp_path / "text").write_text("u1 the cat\nu2 a story sat\n")
+    output = tmp_path / "ppl.json"
+    main(["--llm", str(llm), "--text", str(tmp_path / "text"), "--output", str(output)])
+    found = json.loads(output.read_text())
+    tokenizer, model = load_tokenizer(llm), load_causal_lm(llm)
+    total = 0.0
+    for text in ("the cat", "a story sat"):
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total += sum(float(log_probs[n, token]) for n, token in enumerate(ids[1:]))
+    assert found["word_perplexity"] == pytest.approx(math.exp(-total / 5), rel=1e-4)
+    encode = asr_tokenizer([], "hugging_face", llm)
+    assert encode("the cat") == tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UserError, match="give it as --bpemodel"):
+        asr_tokenizer([], "hugging_face", None)

@@ -7,9 +7,10 @@
 #   stage  3  format the audio        dump/raw/<set>
 #   stage  4  filter by length        dump/raw/<set>
 #   stage  5  token list              <token_listdir>/<token_type>
-#   stage  6  adapt the LLM's vocabulary to the token list; LM statistics
+#   stage  6  adapt the LLM's vocabulary to the token list; LM statistics; what of the test
+#             transcripts is in the LM's text (<lm_exp>/contamination)
 #   stage  7  train or fine-tune the LM, export it as a Hugging Face directory <lm_exp>/llm
-#   stage  8  perplexity of the LM
+#   stage  8  perplexity of the LM; of an LLM that of words, before and after fine-tuning
 #   stage 10  ASR statistics
 #   stage 11  train the recogniser
 #   stage 12  decode (with scales tuned on the valid set if --tune_config is given)
@@ -66,6 +67,9 @@ lm_exp=                   # Directory of the LM experiment (default: <expdir>/lm
 lm_stats_dir=             # Its statistics (default: <expdir>/lm_stats_<lm_tag>)
 lm_config=                # LM training configuration; empty: the adapted LLM is used as it is
 lm_args=                  # More options for espnet2.bin.lm_train
+lm_token_type=            # hugging_face: the LM keeps the tokens of --llm, for rescoring; empty: the recogniser's
+lm_lowercase=false        # Train the LM on text in lower case
+num_splits_lm=1           # Parts of the LM's training text, read one after the other to save memory
 lm_train_text=            # LM training texts, `id sentence` lines (default: training transcripts)
 lm_dev_text=              # LM validation text (default: transcripts of the valid set)
 lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
@@ -127,7 +131,8 @@ tool() {
     die "--cmd_backend is '${cmd_backend}'; expected local or slurm"
 [ "${num_nodes}" -eq 1 ] || [ "${cmd_backend}" = slurm ] ||
     die "--num_nodes ${num_nodes} needs --cmd_backend slurm; docs/cluster.md has other ways"
-for name in use_lm eval_valid_set skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch; do
+for name in use_lm eval_valid_set skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch \
+    lm_lowercase; do
     [ "${!name}" = true ] || [ "${!name}" = false ] ||
         die "--${name} is '${!name}'; expected true or false"
 done
@@ -321,8 +326,7 @@ case ${token_type} in
         ;;
     hugging_face)
         [ -n "${llm}" ] || die "--token_type hugging_face needs --llm, whose tokens it is"
-        [ "${use_lm}" = false ] ||
-            die "--token_type hugging_face: an LM over these tokens is the LLM itself; leave out --use_lm"
+        [ "${use_lm}" = false ] || lm_token_type=hugging_face # an LM over these tokens is the LLM itself
         token_name=$(basename "${llm}")
         token_dir=${token_listdir}/hugging_face_${token_name}
         bpemodel=${llm} # as ESPnet calls it
@@ -330,16 +334,38 @@ case ${token_type} in
     *) die "--token_type is '${token_type}'; expected bpe, char, word or hugging_face" ;;
 esac
 token_list=${token_dir}/tokens.txt
+# The LM's tokens: the recogniser's, or the LLM's own.
+lm_token_name=${token_name}
+lm_token_list=${token_list}
+lm_bpemodel=${bpemodel}
+case ${lm_token_type} in
+    "") lm_token_type=${token_type} ;;
+    hugging_face)
+        [ -n "${llm}" ] || die "--lm_token_type hugging_face needs --llm, whose tokens it is"
+        lm_token_name=$(basename "${llm}")
+        lm_token_list=${token_listdir}/hugging_face_${lm_token_name}/tokens.txt
+        lm_bpemodel=${llm}
+        ;;
+    *) die "--lm_token_type is '${lm_token_type}'; expected hugging_face or nothing" ;;
+esac
 lm_sources=${lm_train_text:-${data_feats}/${train_set_sp}/text}
 lm_dev_text=${lm_dev_text:-${data_feats}/${valid_set}/text}
 lm_test_text=${lm_test_text:-${lm_dev_text}}
+# An LM that keeps its own tokens cannot join the search.
+fuse_lm=${use_lm}
+[ "${lm_token_type}" != hugging_face ] || fuse_lm=false
 config_name() { basename "${1%.yaml}"; }
 if [ -z "${lm_tag}" ]; then
-    lm_tag=$(config_name "${lm_config:-adapted.yaml}")_${token_name}
+    lm_tag=$(config_name "${lm_config:-adapted.yaml}")_${lm_token_name}
 fi
 lm_exp=${lm_exp:-${expdir}/lm_${lm_tag}}
 lm_stats_dir=${lm_stats_dir:-${expdir}/lm_stats_${lm_tag}}
 lm_train_text=${lm_stats_dir}/lm_train.txt
+lm_eval_sources="${lm_dev_text} ${lm_test_text}"
+if [ "${lm_lowercase}" = true ]; then
+    lm_dev_text=${lm_stats_dir}/lm_dev.txt
+    lm_test_text=${lm_stats_dir}/lm_test.txt
+fi
 if [ -z "${asr_tag}" ]; then
     asr_tag=$(config_name "${asr_config:-default.yaml}")_raw_${token_name}
     [ -z "${speed_perturb_factors}" ] || asr_tag=${asr_tag}_sp
@@ -354,7 +380,7 @@ if [ -z "${inference_tag}" ]; then
     [ -z "${inference_config}" ] || inference_tag+=_$(config_name "${inference_config}")
     [ -z "${inference_args}" ] ||
         inference_tag+=$(echo "${inference_args}" | sed -e 's/--/_/g' -e 's/[ |=/]//g')
-    [ "${use_lm}" = false ] || inference_tag+=_lm_$(basename "${lm_exp}")
+    [ "${fuse_lm}" = false ] || inference_tag+=_lm_$(basename "${lm_exp}")
     [ -z "${swap_llm}" ] || inference_tag+=_swap
 fi
 
@@ -424,14 +450,28 @@ fi
 
 # --- language model -----------------------------------------------------------------------------
 need_tokens() { [ -f "${token_list}" ] || die "there is no ${token_list}: run stage 5"; }
-lm_common="--token_type ${token_type} --bpemodel ${bpemodel} --token_list ${token_list}
+lm_common="--token_type ${lm_token_type} --bpemodel ${lm_bpemodel} --token_list ${lm_token_list}
     --use_preprocessor true --non_linguistic_symbols ${nlsyms_txt} --cleaner ${cleaner} --g2p ${g2p}"
 lm_llm_args=""
-[ -z "${llm}" ] || lm_llm_args="--lm_conf llm=${lm_exp}/adapted"
+if [ "${lm_token_type}" = hugging_face ]; then
+    lm_llm_args="--lm_conf llm=${llm}"
+elif [ -n "${llm}" ]; then
+    lm_llm_args="--lm_conf llm=${lm_exp}/adapted"
+fi
 
 if runs 6; then
-    need_tokens
-    if [ -n "${llm}" ]; then
+    if [ "${lm_lowercase}" = true ]; then
+        read -r dev_source test_source <<< "${lm_eval_sources}"
+        tool prepare_lm_text --text "${dev_source}" --lowercase true --output "${lm_dev_text}"
+        tool prepare_lm_text --text "${test_source}" --lowercase true --output "${lm_test_text}"
+    fi
+    if [ "${lm_token_type}" = hugging_face ]; then
+        [ -f "${lm_token_list}" ] || tool make_token_list --token_type hugging_face --llm "${llm}" \
+            --output_dir "$(dirname "${lm_token_list}")"
+    else
+        need_tokens
+    fi
+    if [ "${lm_token_type}" != hugging_face ] && [ -n "${llm}" ]; then
         log "stage 6: adapt ${llm} to ${token_list}"
         mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" "${oov_init}")
         if is_done "${lm_exp}/.adapted" "${mark}"; then
@@ -451,15 +491,23 @@ if runs 6; then
     if [ -n "${lm_config}" ]; then
         log "stage 6: LM statistics in ${lm_stats_dir}"
         # shellcheck disable=SC2086
-        mark=$(checksum ${lm_sources} "${lm_dev_text}" "${token_list}" "${token_type}")
+        mark=$(checksum ${lm_sources} "${lm_dev_text}" "${lm_token_list}" \
+            "${lm_token_type}${lm_lowercase#false}")
         if is_done "${lm_stats_dir}/.done" "${mark}"; then
             log "already done"
         else
             # shellcheck disable=SC2086
             tool prepare_lm_text --text ${lm_sources} --output "${lm_train_text}" \
-                --eval_text "${lm_dev_text}" "${lm_test_text}"
+                --lowercase "${lm_lowercase}" --eval_text ${lm_eval_sources}
+            test_texts=""
+            for name in ${test_sets}; do
+                [ ! -f "${data_feats}/${name}/text" ] || test_texts+=" ${data_feats}/${name}/text"
+            done
             # shellcheck disable=SC2086
-            collect_stats "${lm_stats_dir}" "${lm_train_text}" "${lm_dev_text}" --skip_sum_stats \
+            [ -z "${test_texts}" ] || tool check_contamination --text "${lm_train_text}" \
+                --eval_text ${test_texts} --output_dir "${lm_exp}/contamination"
+            # shellcheck disable=SC2086
+            token_list=${lm_token_list} token_type=${lm_token_type} collect_stats "${lm_stats_dir}" "${lm_train_text}" "${lm_dev_text}" --skip_sum_stats \
                 -m espnet2.bin.lm_train ${lm_common} ${lm_llm_args} \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
@@ -471,29 +519,47 @@ if runs 6; then
 fi
 
 if runs 7; then
-    need_tokens
+    [ "${lm_token_type}" = hugging_face ] || need_tokens
     if [ -z "${lm_config}" ]; then
         [ -n "${llm}" ] || die "stage 7 needs --lm_config to train an LM, or --llm to use one as it is"
         log "stage 7: no --lm_config: the adapted LLM is used without fine-tuning"
+        mkdir -p "${lm_exp}"
+        if [ "${lm_token_type}" = hugging_face ]; then
+            die "stage 7: --lm_token_type hugging_face without --lm_config: the LM is ${llm} itself"
+        fi
         ln -sfn adapted "${lm_exp}/llm"
     else
         log "stage 7: LM training in ${lm_exp}"
         adapted_mark=$(cat "${lm_exp}/.adapted" 2> /dev/null || true)
         mark=$(checksum "${lm_config}" "${lm_args}" "${lm_train_text}" "${lm_dev_text}" \
-            "${token_list}" "${adapted_mark}")
+            "${lm_token_list}" "${adapted_mark}")
         if is_done "${lm_exp}/.done" "${mark}"; then
             log "already done"
         else
             refuse_other "${lm_exp}" "${mark}" --lm_tag
+            train_part=${lm_train_text}
+            train_shape=${lm_stats_dir}/train/text_shape.${lm_token_type}
+            split_args=""
+            if [ "${num_splits_lm}" -gt 1 ]; then
+                splits=${lm_stats_dir}/splits${num_splits_lm}
+                if ! is_done "${splits}/.done" "${mark}"; then
+                    plugin -m espnet2.bin.split_scps --scps "${train_part}" "${train_shape}" \
+                        --num_splits "${num_splits_lm}" --output_dir "${splits}"
+                    mark_done "${splits}/.done" "${mark}"
+                fi
+                train_part=${splits}/$(basename "${train_part}")
+                train_shape=${splits}/$(basename "${train_shape}")
+                split_args="--multiple_iterator true"
+            fi
             start_clock "${lm_exp}"
             # shellcheck disable=SC2046,SC2086
             logged --kind train --ngpu "${ngpu}" --num_nodes "${num_nodes}" "${lm_exp}/train.log" \
                 plugin -m espnet2.bin.lm_train ${lm_common} \
-                ${lm_llm_args} $(distributed_args "${lm_exp}") --resume true \
-                --train_data_path_and_name_and_type "${lm_train_text},text,text" \
+                ${lm_llm_args} $(distributed_args "${lm_exp}") --resume true ${split_args} \
+                --train_data_path_and_name_and_type "${train_part},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
-                --train_shape_file "${lm_stats_dir}/train/text_shape.${token_type}" \
-                --valid_shape_file "${lm_stats_dir}/valid/text_shape.${token_type}" \
+                --train_shape_file "${train_shape}" \
+                --valid_shape_file "${lm_stats_dir}/valid/text_shape.${lm_token_type}" \
                 --fold_length 150 --output_dir "${lm_exp}" --config "${lm_config}" ${lm_args}
             if grep -q '^lm: causal_llm$' "${lm_exp}/config.yaml"; then # not ESPnet's own LMs
                 rm -rf "${lm_exp}/llm"
@@ -520,9 +586,22 @@ if runs 8 && [ -n "${lm_config}" ]; then
             --data_path_and_name_and_type "${lm_test_text},text,text" \
             --train_config "${lm_exp}/config.yaml" --model_file "${lm_exp}/valid.loss.ave.pth" \
             --output_dir "${lm_exp}/perplexity_test"
+        if [ -d "${lm_exp}/llm" ] && [ -n "${llm}" ]; then # fine-tuned
+            for name in native adapted tuned; do
+                case ${name} in
+                    native) directory=${llm} ;;
+                    adapted) directory=${lm_exp}/adapted ;;
+                    tuned) directory=${lm_exp}/llm ;;
+                esac
+                [ "${name}" = native ] || [ -d "${directory}" ] || continue
+                tool llm_perplexity --llm "${directory}" --text "${lm_test_text}" \
+                    --output "${lm_exp}/perplexity_test/words_${name}.json"
+            done > "${lm_exp}/perplexity_test/words"
+        fi
         mark_done "${lm_exp}/perplexity_test/.done" "${mark}"
     fi
     log "perplexity per token: $(cat "${lm_exp}/perplexity_test/ppl")"
+    [ ! -f "${lm_exp}/perplexity_test/words" ] || cat "${lm_exp}/perplexity_test/words"
 fi
 
 # --- recogniser ---------------------------------------------------------------------------------
@@ -614,7 +693,7 @@ asr_model_args="--asr_train_config ${asr_exp}/config.yaml
 [ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
 model_args=${asr_model_args}
 lm_files=""
-if [ "${use_lm}" = true ]; then
+if [ "${fuse_lm}" = true ]; then
     if [ -f "${lm_exp}/config.yaml" ]; then
         lm_files="${lm_exp}/config.yaml ${lm_exp}/${inference_lm}"
     else # adapted, not trained
