@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.encoder.streaming import AbsStreamingEncoder
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.ctc_search import CTCSearch
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
-from espnet_llm_plugin.inference.ctc import CTCSearch
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales

@@ -8,7 +8,7 @@ import pytest
 import torch
 from espnet2.asr.ctc import CTC
 
-from espnet_llm_plugin.inference.ctc import CTCSearch
+from espnet_llm_plugin.fusion.ctc_search import CTCSearch
 from espnet_llm_plugin.transducer.hypothesis import Scales, SearchError
 from tests.contracts.search_contract import Case, SearchContract, TableLM
 
@@ -44,6 +44,7 @@ def enumerate_paths(ctc, encoder_out, lm, scales, only=None):
         score += scales.label_bonus * len(labels)
         for u, label in enumerate(labels):
             score += scales.lm_weight * float(lm.row(labels[:u])[label])
+        score += scales.lm_weight * lm.end(labels)
         total, best, frames = found.get(labels, (-math.inf, -math.inf, ()))
         if score > best:
             best, frames = score, tuple(t for t, _ in starts)
