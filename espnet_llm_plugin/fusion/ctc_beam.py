@@ -153,4 +153,3 @@ class CTCBeam:
         node = whole(lambda beam: beam.node, -1)
         late = whole(lambda beam: beam.late, 0.0)
         return cls(node, endings("in_blank"), endings("in_label"), late, tree)
-

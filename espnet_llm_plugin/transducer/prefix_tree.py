@@ -64,9 +64,7 @@ class PathSums:
         scores: ``scores(parents, labels)``, both (M), gives those of the labels after the parents.
     """
 
-    def __init__(
-        self, tree: "PrefixTree", scores: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    ):
+    def __init__(self, tree: "PrefixTree", scores: Callable[[np.ndarray, np.ndarray], np.ndarray]):
         self._tree, self._scores = tree, scores
         self._sum = np.zeros(64)
         self._known = np.zeros(64, dtype=bool)
