@@ -18,7 +18,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.words import Spelling, WordEnds
 from espnet_llm_plugin.transducer.beam import Beam
 from espnet_llm_plugin.transducer.hypothesis import Scales
-from espnet_llm_plugin.transducer.prefix_tree import ROOT, PathSums, PrefixTree
+from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.prior import Prior
@@ -89,7 +89,7 @@ class WordPrefixes:
     def __init__(self, tree: PrefixTree, spelling: Spelling, lm: "WordLM"):
         self._tree, self._lm = tree, lm
         self._ends = WordEnds(tree, spelling)
-        self._texts: dict[int, "Text"] = {ROOT: lm.start()}  # of complete beginnings
+        self._texts: dict[int, Text] = {ROOT: lm.start()}  # of complete beginnings
         tree.followers.append(self)
 
     def complete(self, nodes: np.ndarray) -> np.ndarray:
@@ -196,21 +196,24 @@ class Fusion:
 
     def parts(self, tree: PrefixTree, node: int, scales: Scales) -> tuple[float, float]:
         """Weighted scores of the external LM and the prior of a whole hypothesis."""
-        external = 0.0
+        external = prior = 0.0
         at = np.array([node])
         if scales.lm_weight:
-            external = scales.lm_weight * self.lm_score(tree, at)
-        return external, self._prior(tree, at, scales)
+            external = scales.lm_weight * float(self.lm_scores(tree, at)[0])
+        if scales.prior_weight:
+            prior = -scales.prior_weight * float(self.prior_scores(tree, at)[0])
+        return external, prior
 
-    def lm_score(self, tree: PrefixTree, nodes: np.ndarray) -> float:
-        """log P of one whole hypothesis (1,)."""
-        end = float(tree.external_ends(nodes)[0]) if self.end else 0.0
-        return tree.external_sum(int(nodes[0])) + end
+    def lm_scores(self, tree: PrefixTree, nodes: np.ndarray) -> np.ndarray:
+        """log P of whole hypotheses (M,), not weighted."""
+        scores = tree.external_sums(nodes)
+        return scores + tree.external_ends(nodes) if self.end else scores
 
-    def _prior(self, tree: PrefixTree, node: np.ndarray, scales: Scales) -> float:
-        if not scales.prior_weight or tree.prior_sums is None:
-            return 0.0
-        return -scales.prior_weight * float(tree.prior_sums(node)[0])
+    def prior_scores(self, tree: PrefixTree, nodes: np.ndarray) -> np.ndarray:
+        """Log prior of the labels of whole hypotheses (M,), not weighted."""
+        if tree.prior_sums is None:
+            return np.zeros(len(nodes))
+        return tree.prior_sums(nodes)
 
 
 class DelayedFusion(Fusion):
@@ -233,6 +236,7 @@ class DelayedFusion(Fusion):
         policy: One of ``POLICIES``.
         interval: Frames, of ``every_n_frames``.
         prior: Of labels.
+        llm: What ``prefixes`` asks, if it is no LM of the search; kept for its counters.
 
     Raises:
         UserError: No such policy, no interval, or a prior of frames.
@@ -246,6 +250,7 @@ class DelayedFusion(Fusion):
         policy: str = "every_n_frames",
         interval: int = 10,
         prior: Optional["Prior"] = None,
+        llm: Optional["WordLM"] = None,
     ):
         if policy not in POLICIES:
             raise UserError(f"fusion policy {policy!r}: expected one of {', '.join(POLICIES)}")
@@ -258,6 +263,7 @@ class DelayedFusion(Fusion):
             )
         super().__init__(prior)
         self._make, self.policy, self.interval = prefixes, policy, interval
+        self.llm = llm
 
     def start(self, tree: PrefixTree) -> None:
         super().start(tree)
@@ -346,5 +352,5 @@ class DelayedFusion(Fusion):
             added[row, place] = now - beam.late[row, place]
         return added
 
-    def lm_score(self, tree: PrefixTree, nodes: np.ndarray) -> float:
-        return float(tree.late.ends(nodes)[0])
+    def lm_scores(self, tree: PrefixTree, nodes: np.ndarray) -> np.ndarray:
+        return tree.late.ends(nodes)

@@ -15,6 +15,7 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
+from espnet_llm_plugin.inference.fusion_options import fusion_options, used_options
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import build_search, encode
@@ -52,7 +53,7 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
 def model_files(args: argparse.Namespace) -> list[Optional[str]]:
     """Files that the results depend on."""
     files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
-    return [*files, args.predictor_file, args.text]
+    return [*files, args.predictor_file, args.prior_file, args.text]
 
 
 class HeldOut:
@@ -86,12 +87,17 @@ class HeldOut:
         )
         if self.asr.text.text([]) is None:
             raise UserError("the model has no token_type: give --token_type, so that words exist")
-        self.has_lm = bool(args.lm_train_config)
+        self.has_lm = bool(args.lm_train_config or args.fusion_llm)
         lm = None
-        if self.has_lm:
+        if args.lm_train_config:
             tokens = self.asr.model.token_list
             lm = load_lm(args.lm_train_config, args.lm_file, tokens, device=device)
         if self.asr.is_speech_llm:
+            for name in used_options(args):
+                raise UserError(
+                    f"--{name} {getattr(args, name)}: it is for CTC models and transducers, and "
+                    "this model is a speech_llm"
+                )
             self.speech_llm = tuned_recognizer(args, self.asr, lm)
         else:
             self.search = build_search(
@@ -99,6 +105,7 @@ class HeldOut:
                 lm,
                 beam_size=args.beam_size,
                 max_symbols_per_frame=args.max_symbols_per_frame,
+                fusion=fusion_options(args, self.asr),
             )
         self.data = Utterances(
             args.data_path_and_name_and_type,

@@ -15,6 +15,7 @@ from espnet_llm_plugin.encoder.streaming import AbsStreamingEncoder
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.ctc_search import CTCSearch
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
+from espnet_llm_plugin.inference.fusion_options import LABEL_WISE, FusionOptions, build_fusion
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
@@ -47,6 +48,7 @@ class Recognizer:
         max_symbols_per_frame: Labels a frame at most (transducers).
         nbest: Length of the result.
         normalize_length: Rank by the score per symbol.
+        fusion: How an LM is combined with the search.
     """
 
     def __init__(
@@ -59,12 +61,17 @@ class Recognizer:
         max_symbols_per_frame: int = 3,
         nbest: int = 1,
         normalize_length: bool = False,
+        fusion: FusionOptions = LABEL_WISE,
     ):
         self.asr = asr
         self.scales = default_scales(asr) if scales is None else scales
-        check_scales(asr, self.scales, has_lm=lm is not None)
+        check_scales(asr, self.scales, has_lm=lm is not None or fusion.llm is not None)
         self.search = build_search(
-            asr, lm, beam_size=beam_size, max_symbols_per_frame=max_symbols_per_frame
+            asr,
+            lm,
+            beam_size=beam_size,
+            max_symbols_per_frame=max_symbols_per_frame,
+            fusion=fusion,
         )
         self.nbest = nbest
         self.normalize_length = normalize_length
@@ -171,8 +178,9 @@ def build_search(
     *,
     beam_size: int = 8,
     max_symbols_per_frame: int = 3,
+    fusion: FusionOptions = LABEL_WISE,
 ) -> Search:
-    """The search of a model, with an external LM if given."""
+    """The search of a model, with an external LM or a prior if given."""
     if beam_size < 1 or max_symbols_per_frame < 1:
         raise UserError(
             f"beam size {beam_size}, max_symbols_per_frame {max_symbols_per_frame}: "
@@ -180,10 +188,20 @@ def build_search(
         )
     vocab_size = len(asr.model.token_list)
     device = next(asr.model.parameters()).device
+    how = build_fusion(asr, fusion, lm is not None, device)
+
+    def external_lm(num_labels: int) -> Optional[ExternalLM]:
+        return lm and ExternalLM(lm, vocab_size, num_labels, device, fusion.temperature)
+
     if asr.is_ctc:
-        external = lm and ExternalLM(lm, vocab_size, vocab_size - 2, device)
         return CTCSearch(
-            asr.model.ctc, beam_size=beam_size, external_lm=external, max_bytes=MAX_BYTES
+            asr.model.ctc,
+            beam_size=beam_size,
+            external_lm=external_lm(vocab_size - 2),
+            fusion=how,
+            recombination=fusion.recombination,
+            top_labels=fusion.top_labels,
+            max_bytes=MAX_BYTES,
         )
     scorer = build_scorer(asr.model)
     # Label l is token l + 1; an RNN-T has <sos/eos> among its labels, though it never trains it.
@@ -192,10 +210,21 @@ def build_search(
         scorer,
         beam_size=beam_size,
         max_symbols_per_frame=max_symbols_per_frame,
-        external_lm=lm and ExternalLM(lm, vocab_size, scorer.num_labels, device),
+        external_lm=external_lm(scorer.num_labels),
         forbidden_labels=eos,
         max_bytes=MAX_BYTES,
+        fusion=how,
     )
+
+
+def lm_use(search: Search) -> tuple[int, int]:
+    """Calls of a search's LM so far, and tokens that it has read in them."""
+    llm = getattr(search.fusion, "llm", None)
+    if llm is not None:
+        return llm.num_calls, llm.num_tokens
+    if search.external_lm is not None:
+        return search.external_lm.num_calls, search.external_lm.num_prefixes
+    return 0, 0
 
 
 def is_factorized(asr: LoadedASR) -> bool:
@@ -211,6 +240,7 @@ def default_scales(
     lm_weight: float = 0.0,
     ilm_weight: float = 0.0,
     blank_scale: float = 1.0,
+    prior_weight: float = 0.0,
 ) -> Scales:
     """Scales given, the others from the model's ``decoder_conf``.
 
@@ -223,7 +253,7 @@ def default_scales(
         beta = decoder.beta if beta is None else beta
         label_bonus = decoder.label_bonus if label_bonus is None else label_bonus
     beta = (beta or 0.0) - ilm_weight
-    return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale)
+    return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale, prior_weight)
 
 
 def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
@@ -241,4 +271,6 @@ def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
             f"({type(asr.model).__name__}) has none"
         )
     if scales.lm_weight and not has_lm:
-        raise UserError("an LM weight is given, but no LM: add --lm_train_config and --lm_file")
+        raise UserError(
+            "an LM weight is given, but no LM: add --lm_train_config and --lm_file, or --fusion_llm"
+        )

@@ -45,8 +45,8 @@ class Hypothesis:
         acoustic: Log of the sum over the alignments, without the additive LM scores, the bonus and
             the prior of labels. A prior of frames is in it.
         lm: ``beta`` times the predictor's LM log-prob of the sequence.
-        external_lm: ``lm_weight`` times the external LM's, that of the sentence's end included where
-            the search asks for it.
+        external_lm: ``lm_weight`` times the external LM's, with the end of the sentence where the
+            search asks for it.
         bonus: ``label_bonus`` times the number of labels.
         frames: Encoder frame at which the best alignment emits each label.
         blank: Score of the blanks of the best alignment, a part of ``acoustic``; ``None`` where

@@ -37,7 +37,7 @@ def simple_search(
         frame = frame.astype(float)
         new, inherited = {}, {prefix: delayed for prefix, (_, _, delayed) in beam.items()}
 
-        def add(prefix, blank, label):
+        def add(prefix, blank, label, new=new):
             b, n = new.get(prefix, (NOTHING, NOTHING))
             new[prefix] = (combine(b, blank), combine(n, label))
 

@@ -91,7 +91,7 @@ def test_rows_that_were_dropped_are_computed_again(llm):
 def test_texts_that_nobody_holds_are_forgotten(llm):
     lm = WordLM(llm, max_bytes=1)
     text = lm.start()
-    for word in "one two three four five six seven".split():
+    for word in ["one", "two", "three", "four", "five", "six", "seven"]:
         text = lm.extend(text, word)
         lm.scores([text])
     used = lm.nbytes
