@@ -5,8 +5,8 @@ B utterances, G scale settings of each, R = B G rows, N hypotheses of a row, M p
 Label-wise fusion adds an LM's score to every label, before the beam is pruned. Delayed fusion
 [arXiv 2501.09258; arXiv 2603.15045] prunes by ``S_asr + last known S_LM`` and asks the LM now and
 then, for the hypotheses that are still alive: for far fewer prefixes, for many at once, and, for an
-LLM with a vocabulary of its own, for whole words only. What is subtracted for the LM's sake, a
-prior of the labels or the internal LM, comes with it and not before.
+LLM with a vocabulary of its own, for whole words only. What balances the LM comes with it and not
+before: a prior of the labels, an internal LM that is subtracted, the bonus of labels.
 """
 
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Protocol, Sequence
@@ -17,7 +17,7 @@ import torch
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.words import Spelling, WordEnds
 from espnet_llm_plugin.transducer.beam import Beam
-from espnet_llm_plugin.transducer.hypothesis import Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales, without_late
 from espnet_llm_plugin.transducer.prefix_tree import ROOT, PrefixTree
 
 if TYPE_CHECKING:
@@ -138,15 +138,18 @@ class Weights(NamedTuple):
     lm: np.ndarray
     prior: np.ndarray
     internal: np.ndarray  # below zero: the internal LM's, subtracted
+    bonus: np.ndarray
 
     @classmethod
     def of(cls, scales: Sequence[Scales], rows: int) -> "Weights":
         """Of G settings, repeated for R rows."""
-        lm = [s.lm_weight for s in scales]
-        prior = [s.prior_weight for s in scales]
-        internal = [min(s.beta, 0.0) for s in scales]
-        repeats = rows // len(scales)
-        return cls(*(np.tile(np.array(x, dtype=float), repeats) for x in (lm, prior, internal)))
+        names = ("lm_weight", "prior_weight", "beta", "label_bonus")
+        at_once = [without_late(s) for s in scales]
+        late = [
+            [getattr(s, name) - getattr(now, name) for s, now in zip(scales, at_once)]
+            for name in names
+        ]
+        return cls(*(np.tile(np.array(one, dtype=float), rows // len(scales)) for one in late))
 
     def rows(self, which: np.ndarray) -> "Weights":
         """Some of the rows."""
@@ -320,7 +323,7 @@ class DelayedFusion(Fusion):
 
     @staticmethod
     def _wanted(weights: Weights) -> np.ndarray:
-        return (weights.lm != 0) | (weights.prior != 0) | (weights.internal != 0)
+        return np.logical_or.reduce([weight != 0 for weight in weights])
 
     def _weighted(
         self,
@@ -329,8 +332,8 @@ class DelayedFusion(Fusion):
         weights: Weights,
         lm: Callable[[np.ndarray], np.ndarray],
     ) -> np.ndarray:
-        """LM, prior and internal LM of M prefixes, weights of each (M,)."""
-        total = np.zeros(len(nodes))
+        """LM, prior, internal LM and bonus of M prefixes, weights of each (M,)."""
+        total = weights.bonus * tree.depth(nodes)
         some = weights.lm != 0
         if some.any():
             total[some] += weights.lm[some] * lm(nodes[some])

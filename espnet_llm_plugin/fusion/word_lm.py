@@ -9,7 +9,7 @@ utterances.
 """
 
 from collections import deque
-from typing import Iterable, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -34,10 +34,10 @@ class TokenNode:
 
     __slots__ = ("parent", "token", "score", "state", "row", "children", "__weakref__")
 
-    def __init__(self, parent: Optional["TokenNode"], token: int, score: float):
+    def __init__(self, parent: Optional["TokenNode"], token: int):
         self.parent = parent
         self.token = token
-        self.score = score
+        self.score: Optional[float] = None
         self.state: Optional[PrefixState] = None  # once the LLM has seen the token
         self.row: Optional[torch.Tensor] = None  # log-probs of the next one (V,)
         # A shorter text does not keep the longer ones alive.
@@ -117,7 +117,8 @@ class WordLM:
         self.max_bytes = max_bytes
         self._tokenizer, self._eos = tokenizer, eos
         self._lm = PrefixLM(llm.model(device))
-        self._root = TokenNode(None, bos, 0.0)
+        self._root = TokenNode(None, bos)
+        self._root.score = 0.0
         self._with_rows: deque[TokenNode] = deque()
         self._texts: WeakValueDictionary[str, Text] = WeakValueDictionary()
 
@@ -182,44 +183,55 @@ class WordLM:
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def _nodes(self, ids: Sequence[Sequence[int]]) -> list[TokenNode]:
-        """The nodes of token sequences; the LLM runs for what is new, all of one depth at once."""
-        nodes = [self._root] * len(ids)
-        position = [0] * len(ids)
-        while True:
-            # 1. Go down as far as is known.
-            asked: dict[TokenNode, None] = {}  # in order
-            for i, tokens in enumerate(ids):
-                while position[i] < len(tokens):
-                    node, token = nodes[i], tokens[position[i]]
-                    child = node.children.get(token)
-                    if child is None and node.row is not None:
-                        score = node.score + float(node.row[token])
-                        child = node.children[token] = TokenNode(node, token, score)
-                    if child is None:
-                        asked[node] = None
-                        break
-                    nodes[i] = child
-                    position[i] += 1
-            if not asked:
-                return nodes
-            # 2. What follows the nodes where that ended.
+        """The nodes of token sequences; the LLM runs once for all that is new."""
+        # 1. The nodes, new ones without scores, and those that the LLM must be asked about.
+        paths: list[list[TokenNode]] = []
+        asked: dict[TokenNode, int] = {}  # in order, shorter prefixes first along a path
+        new: dict[TokenNode, None] = {}
+        for tokens in ids:
+            path = [self._root]
+            for token in tokens:
+                node = path[-1]
+                child = node.children.get(token)
+                if child is None:
+                    child = node.children[token] = TokenNode(node, token)
+                if child.score is None:  # new, or left over from a call that failed
+                    new[child] = None
+                    if node.row is None:
+                        asked.setdefault(node, len(asked))
+                path.append(child)
+            paths.append(path)
+        # 2. Log-probs of what follows the latter.
+        if asked:
             self._predict(asked)
+        for node in new:
+            node.score = node.parent.score + float(node.parent.row[node.token])
+        self._drop_rows(len(asked))
+        return [path[-1] for path in paths]
 
-    def _predict(self, nodes: Iterable[TokenNode]) -> None:
-        """Fill in the rows of nodes; the LLM has seen those before them."""
-        nodes = list(nodes)
-        before = [None if node.parent is None else node.parent.state for node in nodes]
-        logits, states = self._lm.step([node.token for node in nodes], before)
+    def _predict(self, asked: dict[TokenNode, int]) -> None:
+        """Fill in the rows of nodes, in whose order they are numbered."""
+        parents: list[Union[PrefixState, int, None]] = []
+        for node in asked:
+            before = node.parent
+            if before is None or before.state is not None:
+                parents.append(None if before is None else before.state)
+            else:  # the LLM has not seen it: it is asked about here, and before its children
+                parents.append(asked[before])
+        logits, states = self._lm.grow([node.token for node in asked], parents)
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        rows = logits.log_softmax(dim=-1).cpu()
-        for node, row, state in zip(nodes, rows, states):
+        for node, row, state in zip(asked, logits.log_softmax(dim=-1).cpu(), states):
             node.row = row.clone()  # a view would keep the whole batch
             node.state = node.state or state
             self._with_rows.append(node)
-        most = max(len(nodes), self.max_bytes // rows[0].nbytes)
-        while len(self._with_rows) > most:
-            self._with_rows.popleft().row = None
+
+    def _drop_rows(self, new: int) -> None:
+        """Forget the oldest rows, if there are too many beside the new ones."""
+        if self._with_rows and len(self._with_rows) > new:
+            most = max(new, self.max_bytes // self._with_rows[-1].row.nbytes)
+            while len(self._with_rows) > most:
+                self._with_rows.popleft().row = None
 
 
 def score_texts(lm: WordLM, texts: Sequence[str], ended: bool = True) -> list[float]:

@@ -1,6 +1,6 @@
 """What a search is asked with and what it answers: scales, hypotheses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Optional
 
 
@@ -33,6 +33,17 @@ class Scales:
     label_bonus: float = 0.0
     blank_scale: float = 1.0
     prior_weight: float = 0.0
+
+
+def without_late(scales: Scales) -> Scales:
+    """What is left of scales at the labels if an LM comes delayed.
+
+    The LM takes with it what balances it: the prior, the subtraction of an internal LM, and the
+    bonus, unless that balances a predictor's LM, which is there at once.
+    """
+    bonus = scales.label_bonus if scales.beta > 0 or not scales.lm_weight else 0.0
+    beta = max(scales.beta, 0.0)
+    return replace(scales, beta=beta, lm_weight=0.0, label_bonus=bonus, prior_weight=0.0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from espnet_llm_plugin.transducer.beam import Beam, Emissions, LivePairs
-from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales, without_late
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class RowScales:
         utterances: B.
         alpha: Of settings that give none.
         forbidden_labels: Labels that are never emitted.
-        delayed: The external LM, the prior and the subtraction of an internal LM come later.
+        delayed: The external LM comes later, see :func:`without_late`.
     """
 
     def __init__(
@@ -163,9 +163,7 @@ class RowScales:
 
         scales = [s if s.alpha is not None else replace(s, alpha=alpha) for s in scales]
         if delayed:
-            scales = [
-                replace(s, beta=max(s.beta, 0.0), lm_weight=0.0, prior_weight=0.0) for s in scales
-            ]
+            scales = [without_late(s) for s in scales]
         self.alpha, self.beta, self.lm_weight = map(column, ("alpha", "beta", "lm_weight"))
         self.prior_weight = column("prior_weight")
         self.bonus, self.blank_scale = column("label_bonus"), column("blank_scale")

@@ -119,7 +119,7 @@ def same(found, expected):
 def test_never_is_rescoring_of_the_nbest_list(model, vocabulary):
     for seed in range(3):
         out = model.utterance(seed)
-        plain = model.search(6)(out, Scales(label_bonus=0.4), nbest=6)
+        plain = model.search(6)(out, Scales(), nbest=6)
         if vocabulary == "foreign":
             lm = TableWordLM()
             search = model.search(6, foreign(lm, "never"))
@@ -134,7 +134,9 @@ def test_never_is_rescoring_of_the_nbest_list(model, vocabulary):
                 for h in plain
             }
         found = search(out, WEIGHTED, nbest=6)
-        expected = {h.labels: h.total + 0.6 * lm_score[h.labels] for h in plain}
+        expected = {
+            h.labels: h.total + 0.6 * lm_score[h.labels] + 0.4 * len(h.labels) for h in plain
+        }
         assert [h.labels for h in found] == sorted(expected, key=expected.get, reverse=True)
         for hyp in found:
             assert hyp.total == pytest.approx(expected[hyp.labels], abs=1e-5)
@@ -166,7 +168,7 @@ def test_every_label_in_one_vocabulary_is_close_to_label_wise(model):
     for late, one in pairs:
         if late.labels == one.labels:
             # Each beam has lost other alignments.
-            assert late.total == pytest.approx(one.total, abs=0.1)
+            assert late.total == pytest.approx(one.total, abs=0.3)
 
 
 @pytest.mark.parametrize("policy", ["never", "every_n_frames", "shortest", "every_word"])
@@ -219,9 +221,9 @@ def test_equals_the_simple_search(beam, interval):
             pieces = [TOKENS[label + 1] for label in prefix]
             begins = [i for i, piece in enumerate(pieces) if piece.startswith("\u2581")]
             complete = pieces[: begins[-1]] if begins else []
-            return 0.6 * lm.score(to_text(complete))
+            return 0.6 * lm.score(to_text(complete)) + 0.4 * len(complete)
 
-        expected = simple_search(log_probs.numpy(), beam, bonus=0.4, late=late)
+        expected = simple_search(log_probs.numpy(), beam, late=late)
         search = CTC().search(beam, foreign(lm, interval=interval))
         state = search.step(search.start([WEIGHTED]), log_probs)
         scores = {
@@ -289,11 +291,11 @@ def test_only_live_hypotheses_are_scored(model):
 def test_longer_intervals_ask_less(model):
     counts = []
     for interval in (1, 4, 8):
-        lm = TableLM(LABELS)
+        lm = TableWordLM()
         for seed in range(6):
-            model.search(4, own(interval=interval), lm)(model.utterance(seed), WEIGHTED)
-        counts.append(len(lm.extended))
-    assert max(counts[1:]) < counts[0]
+            model.search(4, foreign(lm, interval=interval))(model.utterance(seed), WEIGHTED)
+        counts.append(lm.calls)
+    assert counts[0] > counts[1] > counts[2]
 
 
 def test_shortest_asks_when_the_shortest_hypothesis_has_a_new_word():
@@ -341,6 +343,22 @@ def test_prior_comes_with_the_lm():
         expected = simple_search(log_probs.numpy(), 6, late=late)
         found = {tuple(state.tree.labels_of(int(n))) for n in state.beam.node[0] if n >= 0}
         assert found == set(expected)
+
+
+def test_bonus_that_balances_a_predictors_lm_is_there_at_once():
+    """The bonus comes with the LM that it is for."""
+    model = Transducer()
+    for seed in range(3):
+        out = model.utterance(seed)
+        for beta, at_once in ((0.4, 0.7), (0.0, 0.0), (-0.4, 0.0)):
+            scales = Scales(beta=beta, lm_weight=0.6, label_bonus=0.7)
+            late = model.search(6, foreign(TableWordLM(), "never"))(out, scales, nbest=6)
+            plain = model.search(6)(out, Scales(beta=max(beta, 0.0), label_bonus=at_once), nbest=6)
+            assert {h.labels for h in late} == {h.labels for h in plain}
+            for hyp in late:
+                assert hyp.bonus == pytest.approx(0.7 * len(hyp.labels))
+                (one,) = [h for h in plain if h.labels == hyp.labels]
+                assert hyp.acoustic == pytest.approx(one.acoustic, abs=1e-4)
 
 
 def test_subtraction_of_the_internal_lm_comes_with_the_lm():
