@@ -37,6 +37,8 @@ class ExternalLM:
         self.num_labels = num_labels
         self.device = torch.device(device)
         self.temperature = temperature
+        # Some take prefixes that are several tokens longer than their states in one call.
+        self.takes_paths = bool(getattr(lm, "batch_any_extension", False))
         self.num_calls = 0
         self.num_prefixes = 0
         # Nearly every ESPnet LM stacks the states of a batch and so needs prefixes of one length;
@@ -58,7 +60,16 @@ class ExternalLM:
         Returns:
             Log-probs (N, L) of the labels that may follow, and N new states.
         """
-        prefixes = [tokens + (label + 1,) for (tokens, _, _), label in zip(states, labels)]
+        return self.extend_paths([(label,) for label in labels], states)
+
+    def extend_paths(
+        self, paths: Sequence[Sequence[int]], states: Sequence[Any]
+    ) -> tuple[torch.Tensor, list]:
+        """As :meth:`extend`, by any number of labels (N paths) if the LM :attr:`takes_paths`."""
+        prefixes = [
+            tokens + tuple(label + 1 for label in path)
+            for (tokens, _, _), path in zip(states, paths)
+        ]
         old = [state for _, state, _ in states]
         if self.any_length or len({len(prefix) for prefix in prefixes}) == 1:
             return self._run(prefixes, old)

@@ -199,22 +199,44 @@ class PrefixTree:
 
     def need_external(self, nodes: np.ndarray, together: Optional[np.ndarray] = None) -> None:
         """The same for the external LM."""
-        for batch in self._missing(nodes, together, self._scored):
+        at_once = getattr(self.external_lm, "takes_paths", False)
+        for batch in self._missing(nodes, together, self._scored, at_once):
             if batch[0] == ROOT:
                 row, state = self.external_lm.start()
                 rows, states = row[None], [state]
             else:
-                before = [self._states[p] for p in self.parent[batch].tolist()]
-                rows, states = self.external_lm.extend(self.label[batch].tolist(), before)
+                rows, states = self._extended(batch, at_once)
             self._rows.put("external", torch.from_numpy(batch), rows)
             self._states.update(zip(batch.tolist(), states))
             self._scored[batch] = True
             self.num_external += len(batch)
 
+    def _extended(self, batch: np.ndarray, at_once: bool) -> tuple[torch.Tensor, list]:
+        """External LM's rows and states of nodes that follow known ones, directly or not."""
+        if not at_once:
+            before = [self._states[p] for p in self.parent[batch].tolist()]
+            return self.external_lm.extend(self.label[batch].tolist(), before)
+        paths, before = [], []
+        for node in batch.tolist():
+            path = []
+            while not self._scored[node]:
+                path.append(int(self.label[node]))
+                node = int(self.parent[node])
+            paths.append(path[::-1])
+            before.append(self._states[node])
+        return self.external_lm.extend_paths(paths, before)
+
     def _missing(
-        self, nodes: np.ndarray, together: Optional[np.ndarray], done: np.ndarray
+        self,
+        nodes: np.ndarray,
+        together: Optional[np.ndarray],
+        done: np.ndarray,
+        at_once: bool = False,
     ) -> Iterator[np.ndarray]:
-        """Batches of nodes without a result, those before them included; each needs the last."""
+        """Batches of nodes without a result, those before them included; each needs the last.
+
+        ``at_once``: all but the empty prefix in one batch.
+        """
         if done[nodes].all():
             return
         asked = nodes if together is None else np.concatenate([nodes, together])
@@ -229,7 +251,7 @@ class PrefixTree:
             left = left[1:]
         while len(left):
             # Their lengths differ, but what comes before each is known.
-            ready = done[self.parent[left]]
+            ready = np.ones(len(left), dtype=bool) if at_once else done[self.parent[left]]
             yield left[ready]
             left = left[~ready]
 
