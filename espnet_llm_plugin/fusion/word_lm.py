@@ -133,8 +133,7 @@ class WordLM:
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values of the texts in use."""
-        pool = self._lm._pool
-        return pool.used * pool.slot_bytes
+        return self._lm.nbytes
 
     def start(self) -> Text:
         """The empty text."""

@@ -190,6 +190,11 @@ class PrefixLM:
         """Slots in use: distinct prefixes that some held state reaches."""
         return self._pool.used
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of their keys and values."""
+        return self._pool.used * self._pool.slot_bytes
+
     @torch.no_grad()
     def step(
         self, tokens: Sequence[int], states: Sequence[Optional[PrefixState]]
