@@ -14,6 +14,7 @@ from typing import Optional, Sequence
 
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.inference.fusion_options import add_fusion_options
 from espnet_llm_plugin.inference.options import (
     add_ilm_options,
     add_model_options,
@@ -76,6 +77,9 @@ def get_parser(
         nargs="+",
         help="Of the internal LM of an RNN-T, which is subtracted",
     )
+    group.add_argument(
+        "--prior_weights", type=float, nargs="+", help="Of --prior_file, which is subtracted"
+    )
     group.add_argument("--label_bonuses", type=float, nargs="+", help="ESPnet's --penalty")
     group.add_argument("--ctc_weights", type=float, nargs="+", help="Of a speech_llm")
     group.add_argument(
@@ -88,6 +92,7 @@ def get_parser(
     group.add_argument("--batch_size", type=int, default=16, help="Utterances decoded together")
     group.add_argument("--max_symbols_per_frame", type=int, default=3)
     group.add_argument("--normalize_length", type=types.str2bool, default=False)
+    add_fusion_options(parser, weights=False)
     add_speech_llm_options(parser, weights=False)
     return parser
 

@@ -21,6 +21,7 @@ class ExternalLM:
         vocab_size: V.
         num_labels: L (V - 2 without ``<sos/eos>``, V - 1 with it).
         device: Where the LM lives.
+        temperature: The LM's probabilities are flattened (above 1) or sharpened by it.
     """
 
     def __init__(
@@ -29,11 +30,15 @@ class ExternalLM:
         vocab_size: int,
         num_labels: int,
         device: str = "cpu",
+        temperature: float = 1.0,
     ):
         self.lm = lm
         self.sos = vocab_size - 1
         self.num_labels = num_labels
         self.device = torch.device(device)
+        self.temperature = temperature
+        # Some take prefixes that are several tokens longer than their states in one call.
+        self.takes_paths = bool(getattr(lm, "batch_any_extension", False))
         self.num_calls = 0
         self.num_prefixes = 0
         # Nearly every ESPnet LM stacks the states of a batch and so needs prefixes of one length;
@@ -55,8 +60,17 @@ class ExternalLM:
         Returns:
             Log-probs (N, L) of the labels that may follow, and N new states.
         """
-        prefixes = [tokens + (label + 1,) for (tokens, _), label in zip(states, labels)]
-        old = [state for _, state in states]
+        return self.extend_paths([(label,) for label in labels], states)
+
+    def extend_paths(
+        self, paths: Sequence[Sequence[int]], states: Sequence[Any]
+    ) -> tuple[torch.Tensor, list]:
+        """As :meth:`extend`, by any number of labels (N paths) if the LM :attr:`takes_paths`."""
+        prefixes = [
+            tokens + tuple(label + 1 for label in path)
+            for (tokens, _, _), path in zip(states, paths)
+        ]
+        old = [state for _, state, _ in states]
         if self.any_length or len({len(prefix) for prefix in prefixes}) == 1:
             return self._run(prefixes, old)
         rows: Optional[torch.Tensor] = None
@@ -71,6 +85,10 @@ class ExternalLM:
                 new[i] = state
         return rows, new
 
+    def end_log_probs(self, states: Sequence[Any]) -> list[float]:
+        """Log-probs of ``<sos/eos>`` after each of N prefixes."""
+        return [end for _, _, end in states]
+
     def _run(self, prefixes: list[tuple[int, ...]], states: list) -> tuple[torch.Tensor, list]:
         self.num_calls += 1
         self.num_prefixes += len(prefixes)
@@ -81,5 +99,8 @@ class ExternalLM:
         )
         with torch.inference_mode():
             log_probs, new = self.lm.batch_score(ys, states, None)
-        rows = log_probs[:, 1 : 1 + self.num_labels].float()
-        return rows, list(zip(prefixes, new))
+            log_probs = log_probs.float()
+            if self.temperature != 1.0:
+                log_probs = (log_probs / self.temperature).log_softmax(dim=-1)
+        rows, ends = log_probs[:, 1 : 1 + self.num_labels], log_probs[:, self.sos].tolist()
+        return rows, list(zip(prefixes, new, ends))

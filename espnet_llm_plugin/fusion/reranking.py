@@ -30,6 +30,7 @@ class Candidate:
         acoustic: log P(labels | speech), all alignments summed, for each of A alphas.
         lm: (Internal) LM's log-prob.
         external_lm: External LM's.
+        prior: Log prior of the labels.
     """
 
     labels: tuple[int, ...]
@@ -37,6 +38,7 @@ class Candidate:
     acoustic: tuple[float, ...]
     lm: float = 0.0
     external_lm: float = 0.0
+    prior: float = 0.0
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -105,8 +107,10 @@ class Reranker:
     def _totals(self, candidates: Sequence[Candidate], grid: Sequence[Scales]) -> np.ndarray:
         """Scores (P, N)."""
         acoustic = np.array([one.acoustic for one in candidates])  # (N, A)
-        parts = np.array([[one.lm, one.external_lm, len(one.labels)] for one in candidates])
-        weights = np.array([[s.beta, s.lm_weight, s.label_bonus] for s in grid])
+        parts = np.array(
+            [[one.lm, one.external_lm, len(one.labels), -one.prior] for one in candidates]
+        )
+        weights = np.array([[s.beta, s.lm_weight, s.label_bonus, s.prior_weight] for s in grid])
         alpha = [self.alphas.index(scales.alpha) for scales in grid]
         totals = acoustic.T[alpha] + weights @ parts.T
         return totals / (parts[:, 2] + 1) if self.normalize_length else totals
@@ -128,7 +132,7 @@ def first_points(grid: Sequence[Scales]) -> list[Scales]:
     reverse.
     """
     points = [Point(scales, 0.0, 0, 0, 0, 0) for scales in grid]
-    axes = ("beta", "lm_weight", "label_bonus")
+    axes = ("beta", "lm_weight", "label_bonus", "prior_weight")
     values = {axis: axis_values(points, axis) for axis in axes}
     alphas = list(dict.fromkeys(scales.alpha for scales in grid))
     if None not in alphas:

@@ -105,12 +105,16 @@ def value_of(axis: str, scales: AnyScales) -> float:
 
 def used_axes(points: Sequence[Point], has_lm: bool) -> list[str]:
     """Scales that mean something: no alpha and beta without predictor LM, no weight without LM."""
-    used = {"lm_weight": has_lm}
+    used = {"lm_weight": has_lm, "prior_weight": any(_prior_weight(point) for point in points)}
     if isinstance(points[0].scales, Scales):
         predictor = points[0].scales.alpha is not None
         subtracts = any(point.scales.beta for point in points)
         used.update(alpha=predictor, beta=predictor or subtracts)
     return [axis for axis in axes_of(points) if used.get(axis, True)]
+
+
+def _prior_weight(point: Point) -> float:
+    return getattr(point.scales, "prior_weight", 0.0)
 
 
 def axes_of(points: Sequence[Point]) -> tuple[str, ...]:
@@ -123,12 +127,13 @@ def make_grid(
     betas: Sequence[float],
     lm_weights: Sequence[float],
     label_bonuses: Sequence[float],
+    prior_weights: Sequence[float] = (0.0,),
 ) -> list[Scales]:
     """Every combination, without repetitions."""
     return [
-        Scales(alpha, beta, lm_weight, bonus)
-        for alpha, beta, lm_weight, bonus in itertools.product(
-            *(dict.fromkeys(values) for values in (alphas, betas, lm_weights, label_bonuses))
+        Scales(alpha, beta, lm_weight, bonus, prior_weight=prior_weight)
+        for alpha, beta, lm_weight, bonus, prior_weight in itertools.product(
+            *map(dict.fromkeys, (alphas, betas, lm_weights, label_bonuses, prior_weights))
         )
     ]
 

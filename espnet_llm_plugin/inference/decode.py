@@ -15,6 +15,7 @@ from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.fusion.ngram import NgramLM
 from espnet_llm_plugin.inference.batches import Utterance, by_length
+from espnet_llm_plugin.inference.fusion_options import fusion_options
 from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
 from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import (
@@ -27,7 +28,7 @@ from espnet_llm_plugin.inference.options import (
     identity,
     refuse_unsupported,
 )
-from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
+from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales, lm_use
 from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer, default_ctc_weight
 from espnet_llm_plugin.inference.speech_llm_options import (
     add_speech_llm_options,
@@ -88,25 +89,18 @@ def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None)
         f"{len(data)} utterances in batches of {args.batch_size}, {recognizer.scales}, "
         f"beam {args.beam_size}"
     )
-    writer = ResultWriter(
-        args.output_dir,
-        identity(
-            args,
-            [
-                args.asr_model_file,
-                args.lm_file,
-                args.predictor_file,
-                args.ilm_file,
-                args.ngram_file,
-                args.utt2lang,
-            ],
-        ),
-    )
+    files = [args.asr_model_file, args.lm_file, args.predictor_file, args.prior_file]
+    files += [args.ilm_file, args.ngram_file, args.utt2lang]
+    writer = ResultWriter(args.output_dir, identity(args, files))
     try:
         decode_all(recognizer, data, writer, args.num_workers, args.batch_size, languages)
     finally:
         writer.close()
     summary = writer.finish(data.keys)
+    if isinstance(recognizer, Recognizer):
+        calls, tokens = lm_use(recognizer.search)
+        if calls:
+            logging.info(f"LM: {calls} calls, {tokens} tokens")
     report(summary)
     return summary
 
@@ -164,14 +158,16 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
             args.alpha,
             args.beta,
             bonus_of(args),
-            lm_weight=lm_weight if lm is not None else 0.0,
+            lm_weight=lm_weight if lm is not None or args.fusion_llm else 0.0,
             ilm_weight=args.ilm_weight,
             blank_scale=args.blank_scale,
+            prior_weight=args.prior_weight,
         ),
         beam_size=args.beam_size,
         max_symbols_per_frame=args.max_symbols_per_frame,
         nbest=args.nbest,
         normalize_length=args.normalize_length,
+        fusion=fusion_options(args, asr),
         ilm=load_ilm(args.ilm, args.ilm_file, asr.model.token_list),
     )
 

@@ -46,7 +46,8 @@ def decode_streaming(args: argparse.Namespace) -> dict[str, Any]:
         f"{len(data)} streams, {recognizer.scales}, beam {args.beam_size}, pieces of "
         f"{args.sim_chunk_length or 'all'} samples"
     )
-    files = [args.asr_model_file, args.lm_file, args.predictor_file, args.ilm_file]
+    files = [args.asr_model_file, args.lm_file, args.predictor_file, args.prior_file]
+    files += [args.ilm_file]
     writer = ResultWriter(args.output_dir, identity(args, files))
     try:
         decode_all(streaming, data, writer, args.sim_chunk_length, args.num_workers)

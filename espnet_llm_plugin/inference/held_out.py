@@ -15,6 +15,7 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
+from espnet_llm_plugin.inference.fusion_options import fusion_options, used_options
 from espnet_llm_plugin.inference.languages import given_languages
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
@@ -53,7 +54,8 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
 def model_files(args: argparse.Namespace) -> list[Optional[str]]:
     """Files that the results depend on."""
     files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
-    return [*files, args.predictor_file, args.ilm_file, args.text, args.utt2lang]
+    files += [args.predictor_file, args.prior_file, args.ilm_file]
+    return [*files, args.text, args.utt2lang]
 
 
 class HeldOut:
@@ -88,12 +90,17 @@ class HeldOut:
         )
         if self.asr.text.text([]) is None:
             raise UserError("the model has no token_type: give --token_type, so that words exist")
-        self.has_lm = bool(args.lm_train_config)
+        self.has_lm = bool(args.lm_train_config or args.fusion_llm)
         lm = None
-        if self.has_lm:
+        if args.lm_train_config:
             tokens = self.asr.model.token_list
             lm = load_lm(args.lm_train_config, args.lm_file, tokens, device=device)
         if self.asr.is_speech_llm:
+            for name in used_options(args):
+                raise UserError(
+                    f"--{name} {getattr(args, name)}: it is for CTC models and transducers, and "
+                    "this model is a speech_llm"
+                )
             self.speech_llm = tuned_recognizer(args, self.asr, lm)
         else:
             self.search = build_search(
@@ -101,6 +108,7 @@ class HeldOut:
                 lm,
                 beam_size=args.beam_size,
                 max_symbols_per_frame=args.max_symbols_per_frame,
+                fusion=fusion_options(args, self.asr),
                 ilm=load_ilm(args.ilm, args.ilm_file, self.asr.model.token_list),
             )
         self.data = Utterances(

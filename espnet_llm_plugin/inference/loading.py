@@ -34,6 +34,7 @@ class TextConverter:
         from espnet2.text.build_tokenizer import build_tokenizer
 
         self.token_list = list(token_list)
+        self.token_type = token_type
         self._tokenizer = None
         if token_type == "bpe":
             if bpemodel is None:

@@ -9,6 +9,7 @@ import yaml
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.endpoint import EndpointRule, endpoint_rules
+from espnet_llm_plugin.inference.fusion_options import add_fusion_options
 from espnet_llm_plugin.inference.loading import read_train_config
 from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
@@ -138,6 +139,7 @@ def add_search_options(
         default=3,
         help="Labels a transducer may emit in one encoder frame",
     )
+    add_fusion_options(parser)
 
 
 def add_ilm_options(group: Any) -> None:
@@ -401,4 +403,6 @@ def llms_of(args: argparse.Namespace) -> list[str]:
         predictor = args.predictor_conf
     speech_llm = part(args.asr_train_config, "decoder_conf")
     lm = part(args.lm_train_config, "lm_conf")
-    return [conf["llm"] for conf in (predictor, speech_llm, lm) if conf.get("llm")]
+    named = [conf["llm"] for conf in (predictor, speech_llm, lm) if conf.get("llm")]
+    fusion = getattr(args, "fusion_llm", None)
+    return [*named, fusion] if fusion else named

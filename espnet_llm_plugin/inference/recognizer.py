@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from espnet_llm_plugin.encoder.streaming import AbsStreamingEncoder
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.bigram import LabelBigram
+from espnet_llm_plugin.fusion.ctc_search import CTCSearch
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
-from espnet_llm_plugin.inference.ctc import CTCSearch
+from espnet_llm_plugin.inference.fusion_options import LABEL_WISE, FusionOptions, build_fusion
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
@@ -54,6 +55,7 @@ class Recognizer:
         max_symbols_per_frame: Labels a frame at most (transducers).
         nbest: Length of the result.
         normalize_length: Rank by the score per symbol.
+        fusion: How an LM is combined with the search.
         ilm: See :func:`build_search`.
     """
 
@@ -67,13 +69,19 @@ class Recognizer:
         max_symbols_per_frame: int = 3,
         nbest: int = 1,
         normalize_length: bool = False,
+        fusion: FusionOptions = LABEL_WISE,
         ilm: Optional[LabelBigram] = None,
     ):
         self.asr = asr
         self.scales = default_scales(asr) if scales is None else scales
-        check_scales(asr, self.scales, has_lm=lm is not None)
+        check_scales(asr, self.scales, has_lm=lm is not None or fusion.llm is not None)
         self.search = build_search(
-            asr, lm, beam_size=beam_size, max_symbols_per_frame=max_symbols_per_frame, ilm=ilm
+            asr,
+            lm,
+            beam_size=beam_size,
+            max_symbols_per_frame=max_symbols_per_frame,
+            fusion=fusion,
+            ilm=ilm,
         )
         self.nbest = nbest
         self.normalize_length = normalize_length
@@ -180,9 +188,10 @@ def build_search(
     *,
     beam_size: int = 8,
     max_symbols_per_frame: int = 3,
+    fusion: FusionOptions = LABEL_WISE,
     ilm: Optional[LabelBigram] = None,
 ) -> Search:
-    """The search of a model, with an external LM if given.
+    """The search of a model, with an external LM or a prior if given.
 
     ``ilm`` takes the place of the RNN-T's own internal LM.
     """
@@ -198,10 +207,20 @@ def build_search(
         )
     vocab_size = len(asr.model.token_list)
     device = next(asr.model.parameters()).device
+    how = build_fusion(asr, fusion, lm is not None, device)
+
+    def external_lm(num_labels: int) -> Optional[ExternalLM]:
+        return lm and ExternalLM(lm, vocab_size, num_labels, device, fusion.temperature)
+
     if asr.is_ctc:
-        external = lm and ExternalLM(lm, vocab_size, vocab_size - 2, device)
         return CTCSearch(
-            asr.model.ctc, beam_size=beam_size, external_lm=external, max_bytes=MAX_BYTES
+            asr.model.ctc,
+            beam_size=beam_size,
+            external_lm=external_lm(vocab_size - 2),
+            fusion=how,
+            recombination=fusion.recombination,
+            top_labels=fusion.top_labels,
+            max_bytes=MAX_BYTES,
         )
     scorer = build_scorer(asr.model)
     if ilm is not None:
@@ -212,10 +231,21 @@ def build_search(
         scorer,
         beam_size=beam_size,
         max_symbols_per_frame=max_symbols_per_frame,
-        external_lm=lm and ExternalLM(lm, vocab_size, scorer.num_labels, device),
+        external_lm=external_lm(scorer.num_labels),
         forbidden_labels=eos,
         max_bytes=MAX_BYTES,
+        fusion=how,
     )
+
+
+def lm_use(search: Search) -> tuple[int, int]:
+    """Calls of a search's LM so far, and tokens that it has read in them."""
+    llm = getattr(search.fusion, "llm", None)
+    if llm is not None:
+        return llm.num_calls, llm.num_tokens
+    if search.external_lm is not None:
+        return search.external_lm.num_calls, search.external_lm.num_prefixes
+    return 0, 0
 
 
 def is_factorized(asr: LoadedASR) -> bool:
@@ -231,6 +261,7 @@ def default_scales(
     lm_weight: float = 0.0,
     ilm_weight: float = 0.0,
     blank_scale: float = 1.0,
+    prior_weight: float = 0.0,
 ) -> Scales:
     """Scales given, the others from the model's ``decoder_conf``.
 
@@ -243,7 +274,7 @@ def default_scales(
         beta = decoder.beta if beta is None else beta
         label_bonus = decoder.label_bonus if label_bonus is None else label_bonus
     beta = (beta or 0.0) - ilm_weight
-    return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale)
+    return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale, prior_weight)
 
 
 def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
@@ -261,4 +292,6 @@ def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
             f"({type(asr.model).__name__}) has none"
         )
     if scales.lm_weight and not has_lm:
-        raise UserError("an LM weight is given, but no LM: add --lm_train_config and --lm_file")
+        raise UserError(
+            "an LM weight is given, but no LM: add --lm_train_config and --lm_file, or --fusion_llm"
+        )

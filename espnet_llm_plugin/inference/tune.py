@@ -25,6 +25,7 @@ from espnet_llm_plugin.fusion.tuning import (
     used_axes,
 )
 from espnet_llm_plugin.inference import tune_speech_llm
+from espnet_llm_plugin.inference.fusion_options import used_options
 from espnet_llm_plugin.inference.held_out import (
     HeldOut,
     check_failures,
@@ -121,6 +122,12 @@ def grid_of(
             left_out("ilm_weights", "a CTC model has no internal LM")
         elif args.ilm_weights:
             betas = [0.0 - weight for weight in args.ilm_weights]
+    prior_weights = args.prior_weights
+    if prior_weights and not args.prior_file:
+        left_out("prior_weights", "no prior is given")
+        prior_weights = None
+    elif args.prior_file and not prior_weights:
+        raise UserError("a prior is given: add --prior_weights, the weights to try")
     if not has_lm:
         if lm_weights:
             left_out("lm_weights", "no external LM is given")
@@ -132,6 +139,7 @@ def grid_of(
         betas or [default.beta],
         lm_weights,
         args.label_bonuses or [default.label_bonus],
+        prior_weights or [0.0],
     )
 
 
@@ -153,8 +161,8 @@ def write_results(
     if isinstance(best.scales, SearchWeights):
         keep = tune_speech_llm.KEPT
     else:
-        keep = ("beam_size", "max_symbols_per_frame", "normalize_length")
-    axes = used_axes(points, bool(args.lm_train_config))
+        keep = ("beam_size", "max_symbols_per_frame", "normalize_length", *used_options(args))
+    axes = used_axes(points, bool(args.lm_train_config or args.fusion_llm))
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")
         scales = best.scales_of(axes)

@@ -42,6 +42,7 @@ from espnet_llm_plugin.transducer.rescoring import (
     external_lm_log_probs,
     factorized_log_probs,
     lm_log_probs,
+    prior_log_probs,
 )
 
 Labels = tuple[int, ...]
@@ -218,10 +219,12 @@ def _candidates(
         acoustic = factorized_log_probs(decoder, encoder_out, sequences, alphas, tree).T.tolist()
     else:
         acoustic = [[score] for score in hypotheses.values()]
-    lm = external = [0.0] * len(sequences)
+    lm = external = prior = [0.0] * len(sequences)
     if any(scales.beta for scales in grid):
         lm = lm_log_probs(tree, sequences)
     if any(scales.lm_weight for scales in grid):
-        external = external_lm_log_probs(tree, sequences)
-    for labels, *parts in zip(sequences, acoustic, lm, external):
+        external = external_lm_log_probs(tree, sequences, held_out.search.fusion)
+    if any(scales.prior_weight for scales in grid):
+        prior = prior_log_probs(tree, sequences, held_out.search.fusion)
+    for labels, *parts in zip(sequences, acoustic, lm, external, prior):
         yield Candidate(labels, held_out.text_of(labels), tuple(parts[0]), *parts[1:])

@@ -166,6 +166,7 @@ _EMPTY = {
     "lm": 0.0,
     "external_lm": 0.0,
     "bonus": 0.0,
+    "prior": 0.0,
     "blank": None,
     "frames": [],
 }

@@ -13,7 +13,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
 from espnet_llm_plugin.llm.directory import set_special_ids
 from espnet_llm_plugin.llm.own_tokens import OwnTokens, check_vocab_size, has_own_tokens
-from espnet_llm_plugin.llm.state import PrefixLM, PrefixState
+from espnet_llm_plugin.llm.state import PrefixLM, PrefixState, TokenTree
 from espnet_llm_plugin.llm.tuning import TunedLLM
 
 # Finite: minus infinity times a fusion weight of zero would be NaN.
@@ -50,8 +50,9 @@ class CausalLLM(AbsLM):
             transformers refuses; at load also a missing tensor or another LLM than recorded.
     """
 
-    # One batch may hold prefixes of different lengths (padded on the left with 0).
-    batch_any_length = True
+    # One batch may hold prefixes of different lengths (padded on the left with 0), several tokens
+    # longer than their states and beginnings of each other.
+    batch_any_length = batch_any_extension = True
 
     def __init__(
         self,
@@ -170,17 +171,15 @@ class CausalLLM(AbsLM):
             start, tokens = self._missing(row, state)
             starts.append(start)
             pending.append(tokens)
-        # Normally one round; more when a search begins with several tokens or lost its states.
-        logits: list[Any] = [None] * len(pending)
-        new: list[Any] = starts
-        for position in range(max(map(len, pending))):
-            rows = [i for i, tokens in enumerate(pending) if position < len(tokens)]
-            scores, extended = self._prefix_lm.step(
-                [pending[i][position] for i in rows], [new[i] for i in rows]
-            )
-            for i, score, state in zip(rows, scores, extended):
-                logits[i], new[i] = score, state
-        return self._outputs(torch.stack(logits)).log_softmax(dim=-1), new
+        if max(map(len, pending)) == 1:
+            logits, new = self._prefix_lm.step([tokens[0] for tokens in pending], starts)
+            return self._outputs(logits).log_softmax(dim=-1), new
+        # Prefixes that are longer by several tokens, or whose states are lost: what they have in
+        # common is read once, in one forward.
+        tree = TokenTree()
+        ends = [tree.add(start, tokens) for start, tokens in zip(starts, pending)]
+        logits, new = self._prefix_lm.grow(tree.tokens, tree.parents)
+        return self._outputs(logits[ends]).log_softmax(dim=-1), [new[end] for end in ends]
 
     def _missing(
         self, row: list[int], state: Optional[PrefixState]

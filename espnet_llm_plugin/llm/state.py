@@ -16,7 +16,7 @@ others, which costs each token one forward more.
 """
 
 import logging
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from espnet_llm_plugin.llm.kv_pool import KVPool, pooled_cache
 # Attention whose past is fully described by keys and values of single tokens. Sliding windows are
 # among them: the pool keeps all tokens and the mask hides those out of the window.
 _POOLED_LAYERS = {"full_attention", "sliding_attention"}
+# Logits of one forward of `grow`, at most: four bytes each.
+_GROWN_LOGITS = 32_000_000
 
 
 class PrefixState:
@@ -105,6 +107,34 @@ class PrefixState:
             self._pool.release(slot)
 
 
+class TokenTree:
+    """Tokens after given prefixes as :meth:`PrefixLM.grow` takes them, common ones once.
+
+    Attributes:
+        tokens: In the order of their numbers.
+        parents: What each comes after.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[Union[PrefixState, int, None]] = []
+        self._numbers: dict[tuple, int] = {}
+
+    def add(self, start: Optional[PrefixState], tokens: Sequence[int]) -> int:
+        """Tokens (at least one) after a prefix: the number of the last one."""
+        above: Union[PrefixState, int, None] = start
+        for token in tokens:
+            # A state is kept by `parents`, so its id is its own.
+            key = (id(above), token) if not isinstance(above, int) else (-1 - above, token)
+            number = self._numbers.get(key)
+            if number is None:
+                number = self._numbers[key] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(above)
+            above = number
+        return number
+
+
 class PrefixLM:
     """Next-token logits of many prefixes at once, each computed once.
 
@@ -160,6 +190,11 @@ class PrefixLM:
         """Slots in use: distinct prefixes that some held state reaches."""
         return self._pool.used
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of their keys and values."""
+        return self._pool.used * self._pool.slot_bytes
+
     @torch.no_grad()
     def step(
         self, tokens: Sequence[int], states: Sequence[Optional[PrefixState]]
@@ -180,15 +215,119 @@ class PrefixLM:
         if not tokens:
             empty = torch.zeros(0, self.vocab_size, device=self.model.device)
             return empty, []
+        self._check_tokens(tokens)
+        states = [self._within_context(state) for state in states]
+        if not self.uses_cache:
+            return self._recompute(tokens, states)
+        return self._step(tokens, states)
+
+    @torch.no_grad()
+    def grow(
+        self, tokens: Sequence[int], parents: Sequence[Union[PrefixState, int, None]]
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
+        """Extend prefixes by several tokens each, whole subtrees of them, in one forward.
+
+        A token attends to the keys and values of those before it that the same forward writes: in
+        every layer all are written before any is read.
+
+        Args:
+            tokens: N token ids, shorter prefixes first.
+            parents: What each comes after: a state, the number of an earlier one of these tokens,
+                or ``None``, the empty prefix.
+
+        Returns:
+            As :meth:`step`: logits (N, V) float32 after each new prefix, and the N new states.
+        """
+        self._check_tokens(tokens)
+        most = max(1, _GROWN_LOGITS // self.vocab_size)
+        depth = self._depths(parents)
+        fits = self.context is None or max(depth, default=0) <= self.context
+        if fits and self.uses_cache and len(tokens) <= most:
+            return self._grow(list(tokens), parents, np.array(depth) - 1)
+        # By parts: of one depth each where prefixes must be cut or recomputed.
+        logits: list[torch.Tensor] = []
+        states: list[PrefixState] = []
+        while len(states) < len(tokens):
+            first = last = len(states)
+            while last < len(tokens) and last - first < most:
+                parent = parents[last]
+                inside = isinstance(parent, int) and parent >= first
+                if inside and not (fits and self.uses_cache):
+                    break
+                last += 1
+            known = [
+                parent - first
+                if isinstance(parent, int) and parent >= first
+                else states[parent]
+                if isinstance(parent, int)
+                else parent
+                for parent in parents[first:last]
+            ]
+            if fits and self.uses_cache:
+                positions = np.array(depth[first:last]) - 1
+                some, new = self._grow(list(tokens[first:last]), known, positions)
+            else:
+                some, new = self.step(tokens[first:last], known)
+            logits.append(some)
+            states += new
+        if not logits:
+            return self.step([], [])
+        return torch.cat(logits), states
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
         bad = [t for t in tokens if not 0 <= t < self.vocab_size]
         if bad:
             raise UserError(
                 f"token id {bad[0]} is outside the LLM's vocabulary of {self.vocab_size} rows."
             )
-        states = [self._within_context(state) for state in states]
-        if not self.uses_cache:
-            return self._recompute(tokens, states)
-        return self._step(tokens, states)
+
+    @staticmethod
+    def _depths(parents: Sequence[Union[PrefixState, int, None]]) -> list[int]:
+        """Tokens that the LLM sees at each new one, itself included."""
+        depth: list[int] = []
+        for parent in parents:
+            if isinstance(parent, int):
+                depth.append(depth[parent] + 1)
+            else:
+                depth.append(1 if parent is None else parent.seen + 1)
+        return depth
+
+    def _grow(
+        self,
+        tokens: list[int],
+        parents: Sequence[Union[PrefixState, int, None]],
+        lengths: np.ndarray,
+    ) -> tuple[torch.Tensor, list[PrefixState]]:
+        if not tokens:
+            return self.step([], [])
+        if not self._pool.used:
+            self._begin()
+        # 1. A slot for each, after that of its parent.
+        slots = np.zeros(len(tokens), dtype=np.int64)
+        taken = 0
+        try:
+            for i, parent in enumerate(parents):
+                before = slots[parent] if isinstance(parent, int) else getattr(parent, "slot", 0)
+                slots[i] = self._pool.take(np.array([before]))[0]
+                taken += 1
+            # 2. One forward, each a row of its own.
+            longest = int(lengths.max())
+            mask = None
+            if int(lengths.min()) < longest:
+                mask = np.arange(longest + 1) >= (longest - lengths)[:, None]
+            new = torch.tensor(tokens, device=self._device)[:, None]
+            table = self._pool.paths(slots, longest + 1)
+            logits = self._forward(new, table, mask, lengths[:, None])
+        except BaseException:
+            for slot in slots[:taken].tolist():
+                self._pool.release(slot)
+            raise
+        # 3. States own the slots.
+        states: list[PrefixState] = []
+        for parent, slot, token in zip(parents, slots.tolist(), tokens):
+            above = states[parent] if isinstance(parent, int) else parent
+            states.append(PrefixState(self._pool, above, slot, token))
+        return logits, states
 
     def _step(
         self, tokens: list[int], states: Sequence[Optional[PrefixState]]

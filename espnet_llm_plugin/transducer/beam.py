@@ -21,6 +21,8 @@ class Beam:
         viterbi: Score of the best single alignment.
         blank: What blanks contribute to it (NaN where this is not followed).
         path: Its emissions, an index into :class:`Emissions`.
+        late: What delayed fusion has added to the scores so far. It belongs to the prefix: an
+            alignment that flows into a hypothesis takes the hypothesis' instead of its own.
     """
 
     node: np.ndarray
@@ -28,19 +30,21 @@ class Beam:
     viterbi: np.ndarray
     blank: np.ndarray
     path: np.ndarray
+    late: np.ndarray
 
     @classmethod
     def start(cls, rows: int) -> "Beam":
         """The empty prefix, probability 1."""
         zero, index = np.zeros((rows, 1)), np.zeros((rows, 1), dtype=np.int64)
-        return cls(index + ROOT, zero, zero.copy(), zero.copy(), index)
+        return cls(index + ROOT, zero, zero.copy(), zero.copy(), index, zero.copy())
 
     @classmethod
     def empty(cls, rows: int, width: int) -> "Beam":
         """Only empty places."""
         score = np.full((rows, width), -np.inf)
         index = np.full((rows, width), -1, dtype=np.int64)
-        return cls(index, score, score.copy(), np.zeros_like(score), np.zeros_like(index))
+        zero = np.zeros_like(score)
+        return cls(index, score, score.copy(), zero, np.zeros_like(index), zero.copy())
 
     @classmethod
     def join(cls, parts: list[tuple[np.ndarray, "Beam"]]) -> "Beam":
@@ -60,6 +64,7 @@ class Beam:
             self.viterbi + added,
             self.blank + added,
             self.path.copy(),
+            self.late.copy(),
         )
 
     def rows(self, numbers: np.ndarray) -> "Beam":
@@ -79,14 +84,24 @@ class Beam:
         same = (self.node[:, :, None] == other.node[:, None, :]) & (other.node[:, None, :] >= 0)
         if same.any():
             r, mine, theirs = np.nonzero(same)
-            self.score[r, mine] = np.logaddexp(self.score[r, mine], other.score[r, theirs])
-            better = other.viterbi[r, theirs] > self.viterbi[r, mine]
+            # One prefix, one delayed score: that of the hypothesis that is there already.
+            late = self.late[r, mine] - other.late[r, theirs]
+            score, viterbi = other.score[r, theirs] + late, other.viterbi[r, theirs] + late
+            self.score[r, mine] = np.logaddexp(self.score[r, mine], score)
+            better = viterbi > self.viterbi[r, mine]
+            self.viterbi[r[better], mine[better]] = viterbi[better]
             r, mine, theirs = r[better], mine[better], theirs[better]
-            for name in ("viterbi", "blank", "path"):
+            for name in ("blank", "path"):
                 getattr(self, name)[r, mine] = getattr(other, name)[r, theirs]
             other.drop(same.any(axis=1))
         both = zip(vars(self).values(), vars(other).values())
         return Beam(*(np.concatenate(arrays, axis=1) for arrays in both))
+
+    def add_late(self, added: np.ndarray) -> None:
+        """Delayed scores (R, N) of the hypotheses."""
+        self.score = self.score + added
+        self.viterbi = self.viterbi + added
+        self.late = self.late + added
 
     def take(self, order: np.ndarray) -> "Beam":
         """The places (R, K) of each row."""

@@ -28,6 +28,7 @@ class Chunk:
 
     Attributes:
         scales: Of the rows.
+        late_weights: Of delayed fusion.
     """
 
     def __init__(
@@ -44,7 +45,10 @@ class Chunk:
         self.max_symbols_per_frame = max_symbols_per_frame
         self.state = state
         self.count = count
-        self.scales = RowScales(state.scales, len(count), scorer.alpha, forbidden_labels)
+        delayed = state.fusion is not None and state.fusion.delayed
+        self.scales = RowScales(state.scales, len(count), scorer.alpha, forbidden_labels, delayed)
+        if delayed:
+            self.late_weights = state.fusion.weights(state.scales, len(self.scales.utterance))
         self._frames = self.scorer.frames(encoder_out)
         self._device = encoder_out.device
         self._settings = len(state.scales)

@@ -73,4 +73,6 @@ def greedy_step(chunk: "Chunk") -> None:
         state.tree.release(node)
         rows = np.nonzero(time < end)[0]
     score = score[:, None]
-    state.beam = Beam(node[:, None], score, score.copy(), blanks[:, None], path[:, None])
+    state.beam = Beam(
+        node[:, None], score, score.copy(), blanks[:, None], path[:, None], np.zeros_like(score)
+    )

@@ -3,7 +3,7 @@
 M prefixes, L labels. Node 0 is the empty prefix; a node's number is its row everywhere.
 """
 
-from typing import TYPE_CHECKING, Any, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -56,6 +56,48 @@ def state_bytes(state: Any) -> int:
     return getattr(state, "nbytes", 0)
 
 
+class PathSums:
+    """Sums of a score over the labels of prefixes; each label is asked for once.
+
+    Args:
+        tree: Of the prefixes.
+        scores: ``scores(parents, labels)``, both (M), gives those of the labels after the parents.
+    """
+
+    def __init__(self, tree: "PrefixTree", scores: Callable[[np.ndarray, np.ndarray], np.ndarray]):
+        self._tree, self._scores = tree, scores
+        self._sum = np.zeros(64)
+        self._known = np.zeros(64, dtype=bool)
+        self._known[ROOT] = True
+
+    def __call__(self, nodes: np.ndarray) -> np.ndarray:
+        """Of prefixes (any shape), float64."""
+        tree = self._tree
+        if len(self._known) < len(tree.parent):
+            more = len(tree.parent) - len(self._known)
+            self._sum = np.concatenate([self._sum, np.zeros(more)])
+            self._known = np.concatenate([self._known, np.zeros(more, dtype=bool)])
+        if not self._known[nodes].all():
+            missing = set()
+            for node in np.unique(nodes).tolist():
+                while not self._known[node] and node not in missing:
+                    missing.add(node)
+                    node = int(tree.parent[node])
+            new = np.array(list(missing))
+            new = new[np.argsort(tree.depth(new), kind="stable")]
+            parents = tree.parent[new]
+            added = self._scores(parents, tree.label[new])
+            for node, parent, score in zip(new.tolist(), parents.tolist(), added.tolist()):
+                self._sum[node] = self._sum[parent] + score
+            self._known[new] = True
+        return self._sum[nodes]
+
+    def forget(self, nodes: list[int]) -> None:
+        """These numbers may come back for other prefixes."""
+        nodes = [node for node in nodes if node < len(self._known)]
+        self._known[nodes] = False
+
+
 class PrefixTree:
     """Trie of label prefixes with the predictor's data and the external LM's row of each.
 
@@ -79,6 +121,10 @@ class PrefixTree:
         num_created: Prefixes explored so far, those freed since included.
         num_predictor: Prefixes that the predictor ran for.
         num_external: Prefixes that the external LM ran for.
+        followers: What else keeps data by node: told of freed ones by ``forget(nodes)``, and may
+            say what it takes (``bytes_per_prefix``).
+        prior_sums: Log prior of prefixes, if a fusion needs it.
+        late: Delayed LM of the prefixes, if a fusion has one.
     """
 
     def __init__(
@@ -105,6 +151,11 @@ class PrefixTree:
         self._predicted[ROOT] = True
         self._rows = RowStore()
         self._states: dict[int, Any] = {}  # the external LM's
+        self.followers: list[Any] = []
+        self.prior_sums: Optional[PathSums] = None
+        self.late: Any = None
+        self._external_sums: Optional[PathSums] = None
+        self._lm_sums: Optional[PathSums] = None
 
     def __len__(self) -> int:
         return self._size - len(self._free)
@@ -148,22 +199,44 @@ class PrefixTree:
 
     def need_external(self, nodes: np.ndarray, together: Optional[np.ndarray] = None) -> None:
         """The same for the external LM."""
-        for batch in self._missing(nodes, together, self._scored):
+        at_once = getattr(self.external_lm, "takes_paths", False)
+        for batch in self._missing(nodes, together, self._scored, at_once):
             if batch[0] == ROOT:
                 row, state = self.external_lm.start()
                 rows, states = row[None], [state]
             else:
-                before = [self._states[p] for p in self.parent[batch].tolist()]
-                rows, states = self.external_lm.extend(self.label[batch].tolist(), before)
+                rows, states = self._extended(batch, at_once)
             self._rows.put("external", torch.from_numpy(batch), rows)
             self._states.update(zip(batch.tolist(), states))
             self._scored[batch] = True
             self.num_external += len(batch)
 
+    def _extended(self, batch: np.ndarray, at_once: bool) -> tuple[torch.Tensor, list]:
+        """External LM's rows and states of nodes that follow known ones, directly or not."""
+        if not at_once:
+            before = [self._states[p] for p in self.parent[batch].tolist()]
+            return self.external_lm.extend(self.label[batch].tolist(), before)
+        paths, before = [], []
+        for node in batch.tolist():
+            path = []
+            while not self._scored[node]:
+                path.append(int(self.label[node]))
+                node = int(self.parent[node])
+            paths.append(path[::-1])
+            before.append(self._states[node])
+        return self.external_lm.extend_paths(paths, before)
+
     def _missing(
-        self, nodes: np.ndarray, together: Optional[np.ndarray], done: np.ndarray
+        self,
+        nodes: np.ndarray,
+        together: Optional[np.ndarray],
+        done: np.ndarray,
+        at_once: bool = False,
     ) -> Iterator[np.ndarray]:
-        """Batches of nodes without a result, those before them included; each needs the last."""
+        """Batches of nodes without a result, those before them included; each needs the last.
+
+        ``at_once``: all but the empty prefix in one batch.
+        """
         if done[nodes].all():
             return
         asked = nodes if together is None else np.concatenate([nodes, together])
@@ -178,7 +251,7 @@ class PrefixTree:
             left = left[1:]
         while len(left):
             # Their lengths differ, but what comes before each is known.
-            ready = done[self.parent[left]]
+            ready = np.ones(len(left), dtype=bool) if at_once else done[self.parent[left]]
             yield left[ready]
             left = left[~ready]
 
@@ -187,6 +260,48 @@ class PrefixTree:
         self.need_external(nodes)
         rows = self._rows["external"]
         return rows[torch.from_numpy(nodes).to(rows.device)]
+
+    def external_sums(self, nodes: np.ndarray) -> np.ndarray:
+        """External LM log-probs of prefixes (any shape), each label looked up once."""
+        if self._external_sums is None:
+
+            def scores(parents: np.ndarray, labels: np.ndarray) -> np.ndarray:
+                self.need_external(parents)
+                return self.external_steps(parents, labels)
+
+            self._external_sums = self.sums(scores)
+        return self._external_sums(nodes)
+
+    def lm_sums(self, nodes: np.ndarray) -> np.ndarray:
+        """Predictor's LM log-probs of prefixes (any shape), each label looked up once."""
+        if self._lm_sums is None:
+
+            def scores(parents: np.ndarray, labels: np.ndarray) -> np.ndarray:
+                self.need_predictor(parents)
+                picked = self.pool.lm(parents).cpu()[range(len(labels)), torch.from_numpy(labels)]
+                return picked.double().numpy()
+
+            self._lm_sums = self.sums(scores)
+        return self._lm_sums(nodes)
+
+    def external_ends(self, nodes: np.ndarray) -> np.ndarray:
+        """External LM log-probs of the sentence's end after nodes (any shape)."""
+        distinct, inverse = np.unique(nodes, return_inverse=True)
+        self.need_external(distinct)
+        ends = self.external_lm.end_log_probs([self._states[n] for n in distinct.tolist()])
+        return np.array(ends, dtype=np.float64)[inverse].reshape(nodes.shape)
+
+    def sums(self, scores: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> PathSums:
+        """:class:`PathSums` that know when nodes are freed."""
+        found = PathSums(self, scores)
+        self.followers.append(found)
+        return found
+
+    def external_steps(self, nodes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """External LM log-probs of labels (M,) after nodes (M,), for which it has run."""
+        rows = self._rows["external"]
+        at = torch.from_numpy(nodes).to(rows.device), torch.from_numpy(labels).to(rows.device)
+        return rows[at].double().cpu().numpy()
 
     def path(self, node: int) -> list[int]:
         """The prefixes of a node that are not empty, shortest first, itself last."""
@@ -249,6 +364,8 @@ class PrefixTree:
             self._states.pop(node, None)
         if self.pool is not None:
             self.pool.free(freed)
+        for follower in self.followers:
+            follower.forget(freed)
         # If most is alive, looking again after every frame would find little.
         self._release_above = max(most, len(self) + len(self) // 10)
 
@@ -260,4 +377,5 @@ class PrefixTree:
             # before its first call: float32
             size += self._rows.row_bytes or 4 * self.num_labels
             size += state_bytes(next(reversed(self._states.values()), None))
+        size += sum(getattr(follower, "bytes_per_prefix", 0) for follower in self.followers)
         return max(size, 1)

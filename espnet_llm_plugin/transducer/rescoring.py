@@ -3,7 +3,7 @@
 T frames, D encoder width, A alphas, N hypotheses, U labels of the longest, L labels.
 """
 
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from espnet_llm_plugin.transducer.predictors import as_history
 from espnet_llm_plugin.transducer.prefix_tree import ROOT
 
 if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.delayed import Fusion
     from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
@@ -38,11 +39,24 @@ def lm_log_probs(tree: "PrefixTree", hypotheses: Sequence[Sequence[int]]) -> lis
 
 
 @torch.inference_mode()
-def external_lm_log_probs(tree: "PrefixTree", hypotheses: Sequence[Sequence[int]]) -> list[float]:
-    """The external LM's log-prob of each label sequence."""
+def external_lm_log_probs(
+    tree: "PrefixTree", hypotheses: Sequence[Sequence[int]], fusion: Optional["Fusion"] = None
+) -> list[float]:
+    """The LM's log-prob of each label sequence, as a search with this ``fusion`` scores it."""
     ends = [prefixes_of(tree, labels)[-1] for labels in hypotheses]
+    if fusion is not None:
+        return fusion.lm_scores(tree, np.array(ends, dtype=np.int64)).tolist()
     tree.need_external(np.array([tree.parent[end] for end in ends if end != ROOT], dtype=np.int64))
     return [tree.external_sum(end) for end in ends]
+
+
+@torch.inference_mode()
+def prior_log_probs(
+    tree: "PrefixTree", hypotheses: Sequence[Sequence[int]], fusion: "Fusion"
+) -> list[float]:
+    """The log prior of each label sequence, which a search subtracts."""
+    ends = [prefixes_of(tree, labels)[-1] for labels in hypotheses]
+    return fusion.prior_scores(tree, np.array(ends, dtype=np.int64)).tolist()
 
 
 @torch.inference_mode()

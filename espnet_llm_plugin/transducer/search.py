@@ -29,6 +29,7 @@ from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 from espnet_llm_plugin.transducer.search_state import SearchState
 
 if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.delayed import Fusion
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
     from espnet_llm_plugin.transducer.scorer import TransducerScorer
 
@@ -55,6 +56,8 @@ class TransducerSearch:
         external_lm: See :class:`~espnet_llm_plugin.fusion.external_lm.ExternalLM`.
         forbidden_labels: Labels never emitted (``<sos/eos>`` of an RNN-T).
         max_bytes: See :class:`PrefixTree`.
+        fusion: How the LM is combined with the search; default: label-wise, without the end of the
+            sentence.
     """
 
     takes_batches = True
@@ -68,6 +71,7 @@ class TransducerSearch:
         external_lm: Optional["ExternalLM"] = None,
         forbidden_labels: Sequence[int] = (),
         max_bytes: Optional[int] = None,
+        fusion: Optional["Fusion"] = None,
     ):
         self.scorer = scorer
         self.num_labels = scorer.num_labels
@@ -76,6 +80,7 @@ class TransducerSearch:
         self.external_lm = external_lm
         self.forbidden_labels = tuple(forbidden_labels)
         self.max_bytes = max_bytes
+        self.fusion = fusion
 
     def __call__(
         self,
@@ -115,7 +120,9 @@ class TransducerSearch:
             tree = PrefixTree(
                 self.scorer.prefixes(), self.scorer.num_labels, self.external_lm, self.max_bytes
             )
-        return SearchState.start(tree, scales, utterances)
+        if self.fusion is not None:
+            self.fusion.start(tree)
+        return SearchState.start(tree, scales, utterances, self.fusion)
 
     @torch.inference_mode()
     def step(
@@ -166,11 +173,24 @@ class TransducerSearch:
             if beam is not state.beam:
                 state.beam = beam
             state.beam = beam = self._frame(t, rows, chunk)
+            if self.fusion is not None and self.fusion.delayed:
+                self._fuse(t, rows, chunk)
             if state.tree.max_bytes is not None:
                 nodes = [beam.node, *(done.node for _, done in finished)]
                 state.tree.release(np.concatenate([array.ravel() for array in nodes]))
         if finished:
             state.beam = Beam.join([*finished, (rows, beam)])
+
+    def _fuse(self, t: int, rows: np.ndarray, chunk: Chunk) -> None:
+        """Delayed scores of the live rows after a frame."""
+        state, beam = chunk.state, chunk.state.beam
+        fused = state.fused[rows]
+        frames = chunk.emitted_at(rows, np.full(len(rows), t)) + 1
+        weights = chunk.late_weights.rows(rows)
+        added = self.fusion.after_frame(state.tree, beam.node, beam.late, frames, fused, weights)
+        state.fused[rows] = fused
+        if added is not None:
+            beam.add_late(added)
 
     def _frame(self, t: int, rows: np.ndarray, chunk: Chunk) -> Beam:
         """One frame of the live rows, whose hypotheses are ``chunk.state.beam``."""
@@ -277,7 +297,8 @@ def relevant_pairs(
         blank: Score of that blank (R, N).
     """
     row, child = pairs.row, pairs.child
-    most = ceiling[entry[row, pairs.parent]] + blank[row, child]
+    late = ended.late[row, child] - ended.late[row, pairs.parent]
+    most = ceiling[entry[row, pairs.parent]] + blank[row, child] + late
     return pairs.only(most >= ended.score[row, child] - NEGLIGIBLE)
 
 
@@ -315,7 +336,7 @@ def add_pruned_mass(
     ).any(axis=1)
     added, pairs = added[~goes_on], pairs.only(~goes_on)
     row, child, parent = pairs.row, pairs.child, pairs.parent
-    added = added + blank[row, child]
+    added = added + blank[row, child] + ended.late[row, child] - level.late[row, parent]
     # A child has one parent: no place occurs twice.
     flow = level.score[row, parent] + added
     ended.score[row, child] = np.logaddexp(ended.score[row, child], flow)
@@ -347,5 +368,6 @@ def extend(
     new.score[row, column] = found.score[survive]
     new.viterbi[row, column] = level.viterbi[row, place] + added
     new.blank[row, column] = level.blank[row, place]
+    new.late[row, column] = level.late[row, place]
     new.path[row, column] = state.emissions.add(level.path[row, place], at[row])
     return new

@@ -4,14 +4,17 @@ B utterances, G scale settings of each, R = B G rows (row = utterance * G + sett
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import numpy as np
 import torch
 
 from espnet_llm_plugin.transducer.beam import Beam, Emissions, LivePairs
-from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales, without_late
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
+
+if TYPE_CHECKING:
+    from espnet_llm_plugin.fusion.delayed import Fusion
 
 
 @dataclass
@@ -25,6 +28,8 @@ class SearchState:
         frame: Frames searched so far of each utterance (B,).
         emissions: Of the hypotheses.
         extra: What a search keeps besides.
+        fusion: How an external LM and a prior are combined with the search, if not at labels alone.
+        fused: Words of each row's shortest hypothesis when delayed scores were last added (R,).
     """
 
     tree: PrefixTree
@@ -33,18 +38,28 @@ class SearchState:
     frame: np.ndarray
     emissions: Emissions = field(default_factory=Emissions)
     extra: Any = None
+    fusion: Optional["Fusion"] = None
+    fused: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _pairs_of: Optional[np.ndarray] = None
     _pairs: Optional[LivePairs] = None
 
     @classmethod
-    def start(cls, tree: PrefixTree, scales: Sequence[Scales], utterances: int) -> "SearchState":
+    def start(
+        cls,
+        tree: PrefixTree,
+        scales: Sequence[Scales],
+        utterances: int,
+        fusion: Optional["Fusion"] = None,
+    ) -> "SearchState":
         """Before the first frame."""
-        beam = Beam.start(utterances * len(scales))
-        return cls(tree, tuple(scales), beam, np.zeros(utterances, dtype=np.int64))
+        rows = utterances * len(scales)
+        frame, fused = np.zeros(utterances, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+        beam = Beam.start(rows)
+        return cls(tree, tuple(scales), beam, frame, fusion=fusion, fused=fused)
 
     def copy(self) -> "SearchState":
         """A state that can go on without changing this one."""
-        return replace(self, frame=self.frame.copy())
+        return replace(self, frame=self.frame.copy(), fused=self.fused.copy())
 
     def live_pairs(self) -> LivePairs:
         """Of the beam; kept while its prefixes stay the same, as in most frames."""
@@ -60,17 +75,25 @@ class SearchState:
             normalize_length: Rank by the score per symbol.
         """
         lists = []
+        score = self._final()
         for row in range(len(self.beam.node)):
             scales = self.scales[row % len(self.scales)]
-            order = self._ranked(row, normalize_length)
-            lists.append([self._hypothesis(row, n, scales) for n in order[:nbest]])
+            order = self._ranked(row, score[row], normalize_length)
+            lists.append([self._hypothesis(row, n, score, scales) for n in order[:nbest]])
         return lists
+
+    @torch.inference_mode()
+    def _final(self) -> np.ndarray:
+        """Scores (R, N) if no frame comes any more."""
+        if self.fusion is None:
+            return self.beam.score
+        return self.beam.score + self.fusion.final(self.tree, self.beam, self.scales)
 
     def best(
         self, row: int = 0, normalize_length: bool = False
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Labels and emission frames of a row's best hypothesis, without the cost of its scores."""
-        n = self._ranked(row, normalize_length)[0]
+        n = self._ranked(row, self.beam.score[row], normalize_length)[0]
         labels = self.tree.labels_of(int(self.beam.node[row, n]))
         return tuple(labels), self.emissions.frames(int(self.beam.path[row, n]))
 
@@ -84,30 +107,35 @@ class SearchState:
             live.add(int(self.tree.parent[deepest]))
         return int(self.tree.depth(live.pop()))
 
-    def _ranked(self, row: int, normalize_length: bool) -> list[int]:
-        """Places of the live hypotheses of a row, best first."""
-        nodes, rank = self.beam.node[row], self.beam.score[row]
+    def _ranked(self, row: int, rank: np.ndarray, normalize_length: bool) -> list[int]:
+        """Places of the live hypotheses of a row, best first, by scores (N,)."""
+        nodes = self.beam.node[row]
         if normalize_length:
             rank = rank / (self.tree.depth(nodes) + 1)
         return [int(n) for n in np.argsort(-rank, kind="stable") if nodes[n] >= 0]
 
     @torch.inference_mode()
-    def _hypothesis(self, row: int, n: int, scales: Scales) -> Hypothesis:
+    def _hypothesis(self, row: int, n: int, score: np.ndarray, scales: Scales) -> Hypothesis:
         node = int(self.beam.node[row, n])
         labels = tuple(self.tree.labels_of(node))
-        total, blank = float(self.beam.score[row, n]), float(self.beam.blank[row, n])
+        total, blank = float(score[row, n]), float(self.beam.blank[row, n])
         lm = scales.beta * self.tree.lm_sum(node) if scales.beta else 0.0
-        external = scales.lm_weight * self.tree.external_sum(node) if scales.lm_weight else 0.0
+        external = prior = 0.0
+        if self.fusion is not None:
+            external, prior = self.fusion.parts(self.tree, node, scales)
+        elif scales.lm_weight:
+            external = scales.lm_weight * self.tree.external_sum(node)
         bonus = scales.label_bonus * len(labels)
         return Hypothesis(
             labels=labels,
             total=total,
-            acoustic=total - lm - external - bonus,
+            acoustic=total - lm - external - bonus - prior,
             lm=lm,
             external_lm=external,
             bonus=bonus,
             frames=self.emissions.frames(int(self.beam.path[row, n])),
             blank=None if np.isnan(blank) else blank,
+            prior=prior,
         )
 
 
@@ -119,6 +147,7 @@ class RowScales:
         utterances: B.
         alpha: Of settings that give none.
         forbidden_labels: Labels that are never emitted.
+        delayed: The external LM comes later, see :func:`without_late`.
     """
 
     def __init__(
@@ -127,12 +156,16 @@ class RowScales:
         utterances: int,
         alpha: float = 0.0,
         forbidden_labels: Sequence[int] = (),
+        delayed: bool = False,
     ):
         def column(name: str) -> np.ndarray:
             return np.tile([float(getattr(s, name)) for s in scales], utterances)
 
         scales = [s if s.alpha is not None else replace(s, alpha=alpha) for s in scales]
+        if delayed:
+            scales = [without_late(s) for s in scales]
         self.alpha, self.beta, self.lm_weight = map(column, ("alpha", "beta", "lm_weight"))
+        self.prior_weight = column("prior_weight")
         self.bonus, self.blank_scale = column("label_bonus"), column("blank_scale")
         self.utterance = np.repeat(np.arange(utterances), len(scales))
         # Rows with one key have the same cells: LM scales outside the softmax do not matter.

@@ -158,6 +158,12 @@ class TableLM:
         self.extended += new
         return torch.stack([self.row(labels) for labels in new]), new
 
+    def end(self, labels: Sequence[int]) -> float:
+        return float(self.table.random((-7, *labels), 1)) - 1.0
+
+    def end_log_probs(self, states):
+        return [self.end(labels) for labels in states]
+
 
 class Case(NamedTuple):
     """A tiny model and an utterance for it."""

@@ -72,3 +72,63 @@ def test_lm_that_takes_any_lengths_gets_them_padded_on_the_left():
     _, (longer,) = external.extend([3], [root])
     external.extend([0, 4], [root, longer])
     assert lm.ys == [[0, 8, 1], [8, 4, 5]]
+
+
+def test_several_labels_longer_in_one_call():
+    lm = make("causal_llm")
+    external = ExternalLM(lm, VOCAB, VOCAB - 2)
+    assert external.takes_paths and not ExternalLM(make("lstm"), VOCAB, VOCAB - 2).takes_paths
+    _, root = external.start()
+    _, (one,) = external.extend([2], [root])
+    before = external.num_calls, lm._prefix_lm.num_forwards
+    paths = [(3,), (3, 1), (3, 1, 1), (0,), (3, 1, 4)]
+    rows, states = external.extend_paths(paths, [one, one, one, root, one])
+    assert (external.num_calls, lm._prefix_lm.num_forwards) == (before[0] + 1, before[1] + 1)
+    for row, path in zip(rows, [(2, *path) if path != (0,) else path for path in paths]):
+        expected = whole(lm, path, VOCAB - 2)
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+    _, deeper = external.extend([2], [states[2]])
+    assert external.end_log_probs(deeper)[0] == pytest.approx(
+        float(full_row(lm, (2, 3, 1, 1, 2))[-1]), abs=1e-5
+    )
+
+
+def full_row(lm, labels):
+    tokens = torch.tensor([[VOCAB - 1] + [label + 1 for label in labels]])
+    with torch.no_grad():
+        logits, _ = lm(tokens, None)
+    return logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", ["lstm", "causal_llm"])
+def test_end_and_temperature(kind, temperature):
+    lm = make(kind)
+    external = ExternalLM(lm, VOCAB, VOCAB - 2, temperature=temperature)
+    row, state = external.start()
+    expected = (full_row(lm, ()) / temperature).log_softmax(-1)
+    torch.testing.assert_close(row, expected[1:-1], atol=1e-5, rtol=1e-5)
+    assert external.end_log_probs([state])[0] == pytest.approx(float(expected[-1]), abs=1e-5)
+
+
+def test_tree_asks_for_missing_prefixes_at_once():
+    """An LM that can is called once for prefixes of several new labels; the rows are the same."""
+    import numpy as np
+
+    from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
+
+    lm = make("causal_llm")
+    at_once, stepwise = (ExternalLM(lm, VOCAB, VOCAB - 2) for _ in range(2))
+    stepwise.takes_paths = False
+    sums = []
+    for external in (at_once, stepwise):
+        tree = PrefixTree(None, VOCAB - 2, external)
+        nodes = [0]
+        for label in (1, 4, 2):
+            nodes.append(int(tree.children(np.array(nodes[-1:]), np.array([label]))[0]))
+        branch = tree.children(np.array([nodes[1]]), np.array([3]))
+        asked = np.array([nodes[3], branch[0]])
+        sums.append((tree.external_sums(asked), tree.external_ends(asked)))
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-5)
+    assert (at_once.num_calls, at_once.num_prefixes) == (3, 5)
+    assert (stepwise.num_calls, stepwise.num_prefixes) == (4, 5)

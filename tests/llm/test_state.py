@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm import state as state_module
 from espnet_llm_plugin.llm.state import PrefixLM, context_windows
 from tests.llm.tiny import FAMILIES, RECOMPUTED, tiny_model
 
@@ -72,6 +73,62 @@ def test_sharing_equals_no_sharing(model):
     torch.testing.assert_close(again[0], children[0], atol=1e-5, rtol=1e-5)
     for row, prefix in zip(deeper, ([3, 5, 7, 2, 3, 9], [3, 5, 7, 2, 9])):
         torch.testing.assert_close(row, full(model, prefix), atol=1e-5, rtol=1e-5)
+
+
+# Tokens and what they come after: a number of this list, or a letter of a known prefix.
+TREE = ((3, None), (5, 0), (7, 1), (7, 0), (1, "a"), (2, 4), (9, 5), (9, 4), (6, "b"), (6, "a"))
+KNOWN = {"a": [3, 5, 7, 2], "b": [8]}
+
+
+def grown_and_stepwise(lm, tree=TREE):
+    """What ``grow`` gives for a tree, and ``step`` one by one."""
+    known = {name: state_of(lm, prefix) for name, prefix in KNOWN.items()}
+    parents = [known.get(parent, parent) for _, parent in tree]
+    tokens = [token for token, _ in tree]
+    rows, states = [], []
+    for token, parent in zip(tokens, parents):
+        above = states[parent] if isinstance(parent, int) else parent
+        row, new = lm.step([token], [above])
+        rows.append(row[0])
+        states += new
+    return lm.grow(tokens, parents), (torch.stack(rows), states)
+
+
+@pytest.mark.parametrize("logits_at_once", [None, 3 * 37])
+def test_a_tree_in_one_forward_equals_steps(model, family, logits_at_once, monkeypatch):
+    if logits_at_once:
+        monkeypatch.setattr(state_module, "_GROWN_LOGITS", logits_at_once)
+    lm = PrefixLM(model)
+    (logits, states), (expected, expected_states) = grown_and_stepwise(lm)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert [s.tokens() for s in states] == [s.tokens() for s in expected_states]
+    # What follows sees the same.
+    after, _ = lm.step([4] * len(states), states)
+    again, _ = lm.step([4] * len(states), expected_states)
+    torch.testing.assert_close(after, again, atol=1e-5, rtol=1e-5)
+    if lm.uses_cache and not logits_at_once:
+        before = lm.num_forwards
+        lm.grow([3, 5, 7], [None, 0, 1])
+        assert lm.num_forwards == before + 1
+
+
+def test_a_tree_beyond_the_context_equals_steps():
+    lm = PrefixLM(tiny_model("llama", max_position_embeddings=6))
+    (logits, states), (expected, expected_states) = grown_and_stepwise(lm)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert [s.length for s in states] == [s.length for s in expected_states]
+
+
+def test_a_tree_frees_its_slots():
+    lm = PrefixLM(tiny_model("llama"))
+    _, states = lm.grow([3, 5, 7, 7], [None, 0, 1, 0])
+    assert lm.num_slots == 4
+    del states
+    gc.collect()
+    assert lm.num_slots == 0
+    assert lm.grow([], [])[0].shape == (0, 37)
+    with pytest.raises(UserError, match="37"):
+        lm.grow([3, 37], [None, 0])
 
 
 def test_every_prefix_is_computed_once(model, family):
