@@ -7,7 +7,7 @@ from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.scoring import results as results_module
 from espnet_llm_plugin.scoring.bootstrap import RESAMPLES, positive_int
-from espnet_llm_plugin.scoring.plots import plot_error_rates
+from espnet_llm_plugin.scoring.plots import plot_error_rates, plot_speed
 from espnet_llm_plugin.scoring.results import load_results
 from espnet_llm_plugin.scoring.results_page import results_markdown, summarize
 from espnet_llm_plugin.scoring.table import plain
@@ -22,6 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="YAML file as described above")
     parser.add_argument("--output", help="RESULTS.md to write")
     parser.add_argument("--plot", help="PNG to write: WER with 95 %% intervals")
+    parser.add_argument("--speed_plot", help="PNG to write: WER against real-time factor")
     parser.add_argument(
         "--resamples",
         type=positive_int,
@@ -38,6 +39,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     summary = summarize(results, args.resamples, args.seed)
     if args.plot:
         plot_error_rates(results, args.plot)
+    if args.speed_plot:
+        plot_speed(results, args.speed_plot)
     if args.output:
         page = results_markdown(results, summary)
         with atomic_write(args.output) as stream:

@@ -1,8 +1,8 @@
-"""A picture of the systems' error rates."""
+"""Pictures of the systems: error rates, and error rates against speed."""
 
 import io
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
@@ -16,14 +16,9 @@ def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
-
     tests = results.tests()
     systems = [system for system in results.systems if system.tests]
-    figure = Figure(figsize=(8, 1.2 + (0.28 * len(tests) + 0.16) * len(systems)), dpi=150)
+    figure = _figure(figsize=(8, 1.2 + (0.28 * len(tests) + 0.16) * len(systems)), dpi=150)
     axes = figure.subplots()
     height = 0.8 / len(tests)
     colors = [f"C{n}" for n in range(len(tests))]
@@ -61,6 +56,54 @@ def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
         axes.legend(frameon=False, loc="lower right")
     else:
         axes.set_title(tests[0], loc="left")
+    _save(figure, path)
+
+
+def plot_speed(results: Results, path: Union[str, Path]) -> None:
+    """Draw each system's WER on the first test set against its real-time factor; write a PNG.
+
+    The lower left is best; systems that no other beats in both are joined by a line. Systems
+    without a real-time factor are left out.
+
+    Raises:
+        UserError: No system has one, or matplotlib is not installed.
+    """
+    test = results.tests()[0]
+    points = sorted(
+        (system.rtf, system.tests[test].rates[WER].summary.rate, system.name)
+        for system in results.systems
+        if test in system.tests and system.rtf
+    )
+    if not points:
+        raise UserError("--speed_plot: no system has been scored that has an `rtf`")
+    figure = _figure(figsize=(9, 2.5 + 0.22 * len(points)), dpi=150)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    best, front = float("inf"), []
+    for rtf, wer, name in points:
+        axes.plot(rtf, wer, "o", color="C0")
+        axes.annotate(name, (rtf, wer), (5, 3), textcoords="offset points", fontsize=7)
+        if wer < best:
+            best = wer
+            front.append((rtf, wer))
+    axes.plot(*zip(*front), color="C0", linewidth=1, alpha=0.5)
+    axes.margins(x=0.25, y=0.1)
+    axes.set_xlabel("real-time factor")
+    axes.set_ylabel("WER in %")
+    axes.set_title(test, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _figure(**options: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install matplotlib") from error
+    return Figure(**options)
+
+
+def _save(figure: Any, path: Union[str, Path]) -> None:
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

@@ -230,13 +230,13 @@ def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
     for chunk in (160, 640):
         call = decodings(found)[f"{EXP}/streaming_e5_s1/asr_swap_mwer/decode_{chunk}ms"]
         for option, name in (("--tune_config", "tune"), ("--inference_config", "decode")):
-            assert call[option] == f"{EXP}/conf/{name}_{chunk}ms.yaml"
+            assert call[option] == f"{EXP}/conf/{name}_swap_mwer_{chunk}.yaml"
             settings = yaml.safe_load((recipe / call[option]).read_text())
             plain = yaml.safe_load((recipe / f"conf/stories/{name}.yaml").read_text())
             assert settings == {**plain, "chunk_ms": chunk}
     # what all chunk sizes share starts with the scales of the middle one
     swap = decodings(found)[f"{EXP}/streaming_e5_s1/asr_ft_weak/decode_swap_stories_320ms"]
-    assert swap["--tune_config"].endswith("tune_320ms.yaml")
+    assert swap["--tune_config"].endswith("tune_swap_320.yaml")
 
 
 def test_rows_of_the_archive_are_not_done_again(recipe):

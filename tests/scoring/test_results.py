@@ -259,6 +259,21 @@ def test_plot_without_matplotlib(recipe, monkeypatch):
         run("--config results.yaml --plot wer.png")
 
 
+def test_plot_of_speed(recipe, capsys, monkeypatch):
+    """Systems without a real-time factor are left out; without any there is no plot."""
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "annotate", lambda axes, text, place, *args, **kw: drawn.append(text))
+    run("--config results.yaml --speed_plot speed.png")
+    assert (recipe / "speed.png").read_bytes()[:4] == b"\x89PNG"
+    assert drawn == ["strong | tuned"]
+    config = (recipe / "results.yaml").read_text().replace("    rtf: exp/rtf.json\n", "")
+    (recipe / "results.yaml").write_text(config)
+    with pytest.raises(UserError, match="no system has been scored that has an `rtf`"):
+        run("--config results.yaml --speed_plot speed.png")
+
+
 @pytest.mark.parametrize("number", ["0", "-3", "many"])
 def test_resamples_must_be_positive(recipe, capsys, number):
     with pytest.raises(SystemExit, match="2"):

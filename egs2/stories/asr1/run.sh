@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Sentences sampled from an LLM, spoken by synthetic voices, and two tables of systems. Does an LLM
-# swapped into a factorized transducer pay (Transducer-Llama, arXiv 2412.16464), and when? Speech
-# LLMs (arXiv 2307.11795, 2603.15045): what matters, and are they worth more than CTC + LLM fusion?
+# Sentences sampled from an LLM, spoken by synthetic voices, and three tables of systems. Does an LLM
+# swapped into a factorized transducer pay (arXiv 2412.16464), and when? Speech LLMs (2307.11795):
+# what matters? Which way to combine CTC and an LLM (2603.15045), and is it worth more than they are?
 #
 #   ./run.sh --llm_source DIR [--size full|less|small|tiny] [--rows "main"] [--encoders "offline"]
-#            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5] [--experiment speech_llm]
+#            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5] [--experiment NAME]
 #
 #   --llm_source  pretrained LLM that writes the sentences and is then the LLM of the systems
 #                 (without it: a small LLaMA trained on the sentences of a grammar)
-#   --experiment  transducer (local/rows.txt) or speech_llm (local/speech_llm_rows.txt)
-#   --rows        rows or sets of rows (main, ablation, ...) of that file, or all; none: just the table
+#   --experiment  transducer (local/rows.txt), speech_llm or combination (local/<it>_rows.txt)
+#   --rows        rows or sets of them (main, ablation, ...), or all; none: just the table
 #   --encoders    offline, or milliseconds of a chunk: 160 320 640
 #   --epochs      of transducers or speech LLMs, a table each
-#   --jobs        rows at a time, each with one thread
-#   --stop_stage  5: data only
+#   --jobs        rows at a time, each with one thread; --stop_stage 5: data only
 #
 # What is finished is not done again: a long experiment can be run in pieces, several at a time, or
 # elsewhere, since results.zip has what the tables of full are made of.
@@ -49,6 +48,7 @@ small_llama=exp/small_llama_${texts} llm=${llm_source:-exp/small_llama_${texts}/
 export OMP_NUM_THREADS=1
 . local/models.sh
 . local/speech_llm.sh
+. local/combination.sh
 . local/steps.sh
 
 restore_results

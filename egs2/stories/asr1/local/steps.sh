@@ -6,7 +6,8 @@
 case ${experiment} in
     transducer) rows_file=local/rows.txt first_lm=stories part="" ;;
     speech_llm) rows_file=local/speech_llm_rows.txt first_lm=copy part=_speech_llm ;;
-    *) die "--experiment is '${experiment}'; expected transducer or speech_llm" ;;
+    combination) rows_file=local/combination_rows.txt first_lm=stories part=_combination ;;
+    *) die "--experiment is '${experiment}'; expected transducer, speech_llm or combination" ;;
 esac
 archive=results.zip
 [ "${size}" = full ] || archive=${exp}/results.zip
@@ -41,7 +42,7 @@ tag_of() { # row
     local tag use
     use=$(field "$1" use)
     tag=decode${use:+_${use/ /_}}
-    [ "$(field "$1" scales)" = tuned ] || tag+=_$(field "$1" scales)
+    [ "$(field "$1" scales)" = tuned ] || tag+=_$(field "$1" scales | tr ' ' _ | tr -d =)
     [ "${encoder}" = offline ] || tag+=_${encoder}ms
     echo "${tag}"
 }
@@ -58,26 +59,39 @@ run_row() {
         swap*) given=(--swap_llm "${exp}/lm_${use#* }/llm") ;;
         fusion*) given=(--use_lm true --lm_exp "${exp}/lm_${use#* }") ;;
     esac
-    [ -z "${use}" ] || train_lm "${use#* }"
+    case ${use} in
+        "") ;;
+        llm*) train_own_llm "${use#* }" ;;
+        *) train_lm "${use#* }" ;;
+    esac
+    [[ ${scales} != *prior* ]] || estimate_prior "$(place "${model}")/asr_${model}"
     [ -z "${from}" ] || given+=(--inference_asr_model valid.mwer_expected_errors.ave.pth)
     local grid=tune tuner=tune_fusion decode=decode
-    [ "${scales}" = tuned ] || grid=tune_${scales}
+    if [ "${experiment}" = combination ]; then
+        grid+=_combination decode+=_combination
+    elif [ "${scales}" != tuned ]; then
+        grid+=_${scales}
+    fi
     [ "${size}" != tiny ] || grid=tune_tiny
     [[ ${model} != sl_* ]] || grid=${grid/tune/tune_speech_llm} tuner=tune_scales decode=decode_speech_llm
     [[ $1 != *_joint ]] || given+=(--alone_tag "$(tag_of "${1%_joint}")") # for the diagnosis
     decoding=$(tag_of "$1")
     asr "${model}" "${settings}" --skip_train true --inference_tag "${decoding}" "${given[@]}" \
-        --tune_tool "${tuner}" --tune_config "$(in_chunks "${grid}")" \
-        --inference_config "$(in_chunks "${decode}")"
+        --tune_tool "${tuner}" --tune_config "$(settings_of "${grid}" "$1")" \
+        --inference_config "$(settings_of "${decode}" "$1")"
 }
-# A configuration of tuning or decoding, with the chunk of the encoder.
-in_chunks() {
-    local settings
+# A configuration of tuning or decoding, with what a row and the encoder's chunk add.
+settings_of() { # name, row
+    local settings lines=""
     settings=$(config "$1")
-    if [ "${encoder}" != offline ]; then
-        settings=${exp}/conf/$1_${encoder}ms.yaml
+    [ "${experiment}" != combination ] || lines=$(fusion_settings "$2")
+    [ "${encoder}" = offline ] || lines+=$'\n'"chunk_ms: ${encoder}"
+    if [ -n "${lines}" ]; then
+        local base=${settings} without='^$'
+        [[ ${lines} != *beam_size* ]] || without='^beam_size:'
+        settings=${exp}/conf/$1_${2}_${encoder}.yaml
         mkdir -p "${exp}/conf"
-        { cat "$(config "$1")" && echo "chunk_ms: ${encoder}"; } > "${settings}.$$.${BASHPID}"
+        { grep -v "${without}" "${base}" && echo "${lines}"; } > "${settings}.$$.${BASHPID}"
         mv "${settings}.$$.${BASHPID}" "${settings}"
     fi
     echo "${settings}"
@@ -167,7 +181,8 @@ times_of() { # row
     local use
     times_of_model "$(field "$1" model)"
     use=$(field "$1" use)
-    [ -z "${use}" ] || [ "${use}" = "swap adapted" ] || echo "${exp}/lm_${use#* }/time.json"
+    [[ -z ${use} || ${use} =~ ^(swap|fusion)\ adapted$ || ${use} = "llm raw" ]] ||
+        echo "${exp}/lm_${use#* }/time.json"
 }
 entry() { # row
     local seed="{seed}" model use decoded perplexity
@@ -175,7 +190,7 @@ entry() { # row
     use=$(field "$1" use)
     decoded=$(decoding_of "$1")
     perplexity=${decoded}/nll/nll.json # of the predictor
-    [[ ${use} != fusion* ]] || perplexity=${exp}/lm_${use#* }/perplexity.json
+    [[ ! ${use} =~ ^(fusion|llm) ]] || perplexity=${exp}/lm_${use#* }/perplexity.json
     cat << ENTRY
 -   name: "$(field "$1" title)"
     group: "${encoder}, ${epochs} epochs"
@@ -219,7 +234,7 @@ table() {
     [ "${size}" = full ] || results=${exp}/${results}
     tool results_archive --archive "${archive}" --collect "${exp}/results${part}.yaml"
     tool results_table --config "${exp}/results${part}.yaml" --output "${results}" \
-        --plot "${exp}/wer${part}.png"
+        --plot "${exp}/wer${part}.png" --speed_plot "${exp}/speed${part}.png"
 }
 was_run() { # row, for any seed
     local seed="*"
