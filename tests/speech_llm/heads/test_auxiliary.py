@@ -250,3 +250,18 @@ def test_bad_configurations(llm, conf, message):
 def test_interfaces_without_outputs_at_the_audio(llm, interface):
     with pytest.raises(UserError, match="tap llm_prefix needs the LLM's outputs .* adapter"):
         model(llm, model_conf={"auxiliary": [RNNT]}, interface=interface)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_soft_prompts_learn_from_the_auxiliary_loss(llm, loss, mask):
+    """Through a frozen LLM, whose outputs at the audio they change."""
+    conf = {"auxiliary": [{"loss": loss, "tap": "llm_prefix"}]}
+    made = model(llm, model_conf=conf, soft_prompt="shared", interface_conf={"mask": mask})
+    before = tensors_of_llm(made)
+    only_auxiliary(made.train()).backward()
+    grads = [p.grad for p in made.decoder.soft_prompt.parameters()]
+    assert grads and all(grad.abs().max() > 0 for grad in grads)
+    torch.optim.SGD(made.parameters(), lr=1.0).step()
+    after = tensors_of_llm(made)
+    assert all(torch.equal(before[name], after[name]) for name in before)
