@@ -1,5 +1,6 @@
 """Configurations with soft prompts build models of the size they state."""
 
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,10 @@ def test_configuration(tmp_path, name):
     options += ["--token_list", str(tmp_path / "tokens.txt"), "--decoder_conf", f"llm={llm}"]
     if mini:
         options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
+    heads = conf.get("model_conf", {}).get("auxiliary", [])
+    for head in heads:
+        head["vocabulary"]["token_list"] = str(words)
+    options += ["--model_conf", f"auxiliary={json.dumps(heads)}"] if heads else []
     args = ASRTask.get_parser().parse_args(options)
     with torch.device("meta"):
         model = ASRTask.build_model(args)
