@@ -133,6 +133,27 @@ def test_gradient_reaches_the_languages_of_the_batch_alone(llm, tuning):
             assert torch.equal(held[name], parameter), name
 
 
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+@pytest.mark.parametrize("loss", ["ctc", "rnnt"])
+def test_auxiliary_losses_reach_the_vectors_through_a_frozen_llm(llm, loss, mask):
+    conf = {"auxiliary": [{"loss": loss, "tap": "llm_prefix", "weight": 1.0}]}
+    made = multilingual(llm, model_conf=conf, interface_conf={"mask": mask})
+    made.train()
+    data = batch()
+    encoder_out, lengths = made.encode(*data[:2])
+    audio = made.decoder.adapt(encoder_out, lengths, torch.tensor([0, 2, 0]))
+    tokens, sizes = torch.tensor([[11, 3], [11, 5], [11, 7]]), torch.tensor([2, 2, 2])
+    _, outputs = made.decoder.text_logits(audio, tokens, sizes)
+    taps = {"llm_prefix": (outputs, audio.lengths)}
+    text = data[2].masked_fill(data[2] < 0, made.eos)
+    made.auxiliary.loss(taps, text, data[3], True, {}).backward()
+    reached = {
+        name: p.grad is not None and bool(p.grad.abs().max() > 0)
+        for name, p in made.decoder.soft_prompt.named_parameters()
+    }
+    assert reached == {"lang_de": True, "lang_to": True, "lang_en": False, "unk": False}
+
+
 def test_language_dropout_trains_the_unknown_language(llm):
     made = multilingual(llm, soft={"language_dropout": 0.5})
     unknown = made.decoder.soft_prompt.languages.unknown_row
@@ -268,9 +289,8 @@ def test_what_is_not_given_is_predicted_but_not_in_training(llm):
 
 def test_languages_trained_alone(llm):
     """All else stays bit by bit, running means of a batch norm included."""
-    made = multilingual(
-        llm, tuning="lora", language_prediction=True, model_conf={"train_languages": ["to"]}
-    )
+    conf = {"train_languages": ["to"], "auxiliary": [{"loss": "rnnt", "tap": "adapter"}]}
+    made = multilingual(llm, tuning="lora", language_prediction=True, model_conf=conf)
     made.encoder.norm = torch.nn.BatchNorm1d(2)  # a part with a running mean
     made.train()
     made.encoder.norm(torch.randn(4, 2))

@@ -34,7 +34,7 @@ def test_configuration(tmp_path, name):
     options += ["--token_list", str(tmp_path / "tokens.txt"), "--decoder_conf", f"llm={llm}"]
     if mini:
         options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
-    heads = conf["model_conf"].get("auxiliary", [])
+    heads = conf.get("model_conf", {}).get("auxiliary", [])
     for head in heads:
         head["vocabulary"]["token_list"] = str(words)
     options += ["--model_conf", f"auxiliary={json.dumps(heads)}"] if heads else []
