@@ -304,12 +304,17 @@ class PrefixLM:
             self._begin()
         # 1. A slot for each, after that of its parent.
         slots = np.zeros(len(tokens), dtype=np.int64)
-        taken = 0
+        inside = np.array([parent if isinstance(parent, int) else -1 for parent in parents])
+        before = np.array(
+            [0 if parent is None or isinstance(parent, int) else parent.slot for parent in parents]
+        )
         try:
-            for i, parent in enumerate(parents):
-                before = slots[parent] if isinstance(parent, int) else getattr(parent, "slot", 0)
-                slots[i] = self._pool.take(np.array([before]))[0]
-                taken += 1
+            missing = np.arange(len(tokens))
+            while len(missing):  # all whose parents have one
+                ready = (inside[missing] < 0) | (slots[inside[missing]] > 0)
+                now, missing = missing[ready], missing[~ready]
+                after = np.where(inside[now] < 0, before[now], slots[inside[now]])
+                slots[now] = self._pool.take(after)
             # 2. One forward, each a row of its own.
             longest = int(lengths.max())
             mask = None
@@ -319,7 +324,7 @@ class PrefixLM:
             table = self._pool.paths(slots, longest + 1)
             logits = self._forward(new, table, mask, lengths[:, None])
         except BaseException:
-            for slot in slots[:taken].tolist():
+            for slot in slots[slots > 0].tolist():
                 self._pool.release(slot)
             raise
         # 3. States own the slots.
