@@ -298,7 +298,7 @@ def test_interfaces_and_models_without_some_parts(llm):
 
 
 @pytest.mark.parametrize(
-    "family, reason", [("mistral", "windows of 3"), ("gptj", "0 of 2 attention")]
+    "family, reason", [("mistral", "windows of 3"), ("bloom", "0 of 2 attention")]
 )
 def test_llms_whose_attention_cannot_be_measured(tmp_path, caplog, family, reason):
     directory = save_adapted_dir(tmp_path / "llm", LLM_TOKENS, family=family)

@@ -61,6 +61,7 @@ def tiny_config(family: str, vocab_size: int = 37, tied: bool = True, **extra):
         ),
         "gpt2": dict(n_embd=16, n_layer=2, n_head=4, n_positions=20),
         "gptj": dict(n_embd=16, n_layer=2, n_head=4, n_positions=20, rotary_dim=4),
+        "bloom": dict(hidden_size=16, n_layer=2, n_head=4),
         "mamba": dict(hidden_size=16, num_hidden_layers=2, state_size=4),
     }[family]
     name = {"gemma3": "gemma3_text"}.get(family, family)
@@ -72,7 +73,7 @@ def tiny_model(family: str, vocab_size: int = 37, tied: bool = True, seed: int =
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    attention = "eager" if family in ("gemma2", "mamba", "gptj") else "sdpa"
+    attention = "eager" if family in ("gemma2", "mamba", "gptj", "bloom") else "sdpa"
     config = tiny_config(family, vocab_size, tied, **extra)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
