@@ -155,7 +155,11 @@ class Interface(torch.nn.Module, ABC):
         """
         if parents is None:
             parents = torch.arange(len(tokens), device=tokens.device)
-        check_length(state.length + 1, self.llm.context, "audio, prompt and hypothesis")
+        longest, context = state.length + 1, self.llm.context
+        if context is not None and longest > context:
+            # of rows that may have been given up; looked at only now, since a GPU has to wait for it
+            longest = int(state.positions[parents].max()) + 1
+        check_length(longest, context, "audio, prompt and hypothesis")
         return self._step(tokens, state, parents)
 
     def attention_mass(

@@ -115,6 +115,29 @@ def test_long_searches_clear_away_what_nobody_sees():
         torch.testing.assert_close(logits[4 * u], one[0, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["prefix", "merged"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_context_is_that_of_each_row(name, family):
+    """Short audio in a batch with long audio may have a text that the long one has no room for."""
+    llm = held(family, max_position_embeddings=20)
+    interface = randomize(build_interface(name, llm))
+    audio, lengths = torch.randn(2, 16, llm.hidden_size), torch.tensor([16, 3])
+    state = interface.start(audio, lengths)
+    _, state = interface.step(torch.tensor([1, 1]), state)
+    rows = torch.tensor([1])
+    for token in range(2, 14):
+        logits, state = interface.step(torch.tensor([token]), state, rows)
+        rows = torch.tensor([0])
+    text = torch.arange(1, 14)[None]
+    with torch.no_grad():
+        one, _ = interface(audio[1:, :3], lengths[1:], text, torch.tensor([13]))
+    torch.testing.assert_close(logits[0], one[0, -1], atol=1e-4, rtol=1e-4)
+    for token in range(4):
+        _, state = interface.step(torch.tensor([token + 2]), state)
+    with pytest.raises(UserError, match="take 21 positions of the LLM, which sees 20"):
+        interface.step(torch.tensor([2]), state)
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="unknown interface 'infix'; expected one of prefix, merge"):
         build_interface("infix", held())
