@@ -217,6 +217,8 @@ def test_espnet_packs_what_the_recipe_trained(mini):
         (["--stage"], "option --stage needs a value"),
         (["--token_type", "phone"], "expected bpe, char, word or hugging_face"),
         (["--use_lm", "yes"], "expected true or false"),
+        (["--lm_token_type", "bpe"], "expected hugging_face or nothing"),
+        (["--lm_token_type", "hugging_face"], "--lm_token_type hugging_face needs --llm"),
     ],
 )
 def test_wrong_options_are_refused(recipes, arguments, message):

@@ -33,8 +33,27 @@ def test_fine_tuning(root, tmp_path):
     )
 
 
+def test_lora(root, tmp_path):
+    _, conf = load(root, "finetune_causal_llm_lora.yaml")
+    llm = save_adapted_dir(tmp_path / "llm", char_tokens())
+    conf["lm_conf"]["lora_conf"]["r"] = 2
+    lm = CausalLLM(len(char_tokens()), llm=str(llm), **conf["lm_conf"])
+    assert lm.tuned.gradient_checkpointing
+    assert all("lora" in name for name, _ in lm.named_parameters())
+    assert (
+        conf["scheduler_conf"]["warmup_steps"] == 0.05 * conf["scheduler_conf"]["first_cycle_steps"]
+    )
+
+
+NAMES = [
+    "train_causal_llm_small.yaml",
+    "finetune_causal_llm.yaml",
+    "finetune_causal_llm_lora.yaml",
+]
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["train_causal_llm_small.yaml", "finetune_causal_llm.yaml"])
+@pytest.mark.parametrize("name", NAMES)
 def test_espnet_accepts_every_key(root, name):
     from espnet_llm_plugin import registry
 

@@ -67,7 +67,7 @@ lm_exp=                   # Directory of the LM experiment (default: <expdir>/lm
 lm_stats_dir=             # Its statistics (default: <expdir>/lm_stats_<lm_tag>)
 lm_config=                # LM training configuration; empty: the adapted LLM is used as it is
 lm_args=                  # More options for espnet2.bin.lm_train
-lm_token_type=            # hugging_face: the LM keeps the tokens of --llm, for rescoring; empty: the recogniser's
+lm_token_type=            # hugging_face: the LM keeps the tokens of --llm, to rescore with (default: the same)
 lm_lowercase=false        # Train the LM on text in lower case
 num_splits_lm=1           # Parts of the LM's training text, read one after the other to save memory
 lm_train_text=            # LM training texts, `id sentence` lines (default: training transcripts)
@@ -507,7 +507,8 @@ if runs 6; then
             [ -z "${test_texts}" ] || tool check_contamination --text "${lm_train_text}" \
                 --eval_text ${test_texts} --output_dir "${lm_exp}/contamination"
             # shellcheck disable=SC2086
-            token_list=${lm_token_list} token_type=${lm_token_type} collect_stats "${lm_stats_dir}" "${lm_train_text}" "${lm_dev_text}" --skip_sum_stats \
+            token_list=${lm_token_list} token_type=${lm_token_type} \
+                collect_stats "${lm_stats_dir}" "${lm_train_text}" "${lm_dev_text}" --skip_sum_stats \
                 -m espnet2.bin.lm_train ${lm_common} ${lm_llm_args} \
                 --train_data_path_and_name_and_type "${lm_train_text},text,text" \
                 --valid_data_path_and_name_and_type "${lm_dev_text},text,text" \
