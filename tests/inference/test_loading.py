@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.inference.loading import TextConverter, _sample_rate, load_asr
+from espnet_llm_plugin.inference.loading import TextConverter, load_asr, sample_rate
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
 from espnet_llm_plugin.transducer.hypothesis import Scales
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_speech_llm
@@ -58,7 +58,7 @@ def test_text_of_sentence_pieces(tmp_path):
     + [(None, {}, None)],
 )
 def test_sample_rate_of_the_front_end(frontend, conf, rate):
-    assert _sample_rate(argparse.Namespace(frontend=frontend, frontend_conf=conf)) == rate
+    assert sample_rate(argparse.Namespace(frontend=frontend, frontend_conf=conf)) == rate
 
 
 def test_recogniser_from_python(factorized, speech):

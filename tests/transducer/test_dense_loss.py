@@ -119,7 +119,11 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(dense_loss, "_CPU_CELLS", 2)
 
 
-@pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.nn.Hardtanh()], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [torch.tanh, torch.relu, torch.nn.Hardtanh()],
+    ids=["tanh", "relu", "hardtanh"],
+)
 @pytest.mark.parametrize("blank", [0, 3, 6])
 def test_equals_the_sum_over_alignments(blank, activation):
     batch = make_batch(blank=blank)
