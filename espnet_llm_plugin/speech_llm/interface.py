@@ -157,7 +157,7 @@ class Interface(torch.nn.Module, ABC):
             parents = torch.arange(len(tokens), device=tokens.device)
         longest, context = state.length + 1, self.llm.context
         if context is not None and longest > context:
-            # of rows that may have been given up; looked at only now, since a GPU has to wait for it
+            # of rows that may have been given up; looked at only here: a GPU has to wait for it
             longest = int(state.positions[parents].max()) + 1
         check_length(longest, context, "audio, prompt and hypothesis")
         return self._step(tokens, state, parents)
