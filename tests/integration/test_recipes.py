@@ -260,6 +260,23 @@ def test_custom_data(mini, recipes):
             assert (directory / f"exp/asr_ft/{tag}/{name}/score_wer/result.txt").is_file()
 
 
+@pytest.mark.parametrize("tool", ["tune_scales", "tune_fusion"])
+def test_another_grid_is_tuned_again(root, tmp_path, tool):
+    """The mark of a decoding depends on what is in the file of the grid."""
+    functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p; /^decode_mark()/,/^}/p"
+    names = "asr_exp inference_asr_model inference_config inference_args lm_files lm_exp swap_llm"
+    script = f"""set -eu
+        eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
+        for name in {names} decode_lang; do declare "${{name}}="; done
+        tune_tool={tool} tune_config=grid.yaml
+        decode_mark"""
+    marks = []
+    for grid in ("alphas: [1.0]", "alphas: [0.5]", "alphas: [1.0]"):
+        (tmp_path / "grid.yaml").write_text(grid)
+        marks.append(run(["bash", "-c", script], tmp_path).stdout)
+    assert marks[0] == marks[2] != marks[1] and marks[0].strip()
+
+
 def test_custom_test_sets_need_names_of_their_own(recipes):
     directories = ["--train_dir", "a/x", "--valid_dir", "a/y", "--test_dirs"]
     for test_dirs in ("a/test b/test", "a/train"):

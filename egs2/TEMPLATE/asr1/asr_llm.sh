@@ -710,7 +710,7 @@ eval_sets=${test_sets}
 decode_mark() {
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
         "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" \
-        "${tune_config}${tune_tool#tune_scales}${decode_lang}" "$@"
+        "${tune_config}" "${tune_tool}${decode_lang}" "$@"
 }
 
 if runs 12; then
