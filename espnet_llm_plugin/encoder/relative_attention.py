@@ -8,11 +8,14 @@ import math
 from typing import NamedTuple
 
 import torch
-from espnet.nets.pytorch_backend.transformer.attention import RelPositionMultiHeadedAttention
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.encoder.blocks import Layout
+
+# On import it tells standard output that flash-attn is missing, where transcripts may be expected.
+_attention = import_quietly("espnet.nets.pytorch_backend.transformer.attention")
 
 
 class Attended(NamedTuple):
@@ -22,7 +25,7 @@ class Attended(NamedTuple):
     past: Tensor
 
 
-class BlockRelPositionAttention(RelPositionMultiHeadedAttention):
+class BlockRelPositionAttention(_attention.RelPositionMultiHeadedAttention):
     """ESPnet's attention ``rel_selfattn`` (``rel_pos_type: latest``), for blocks with a past.
 
     Same parameters and, for one block without a past, the same result.

@@ -42,7 +42,7 @@ def test_configuration(tmp_path, name):
     with torch.device("meta"):
         model = ASRTask.build_model(args)
     decoder = model.decoder
-    assert len(model.auxiliary) == len(heads) == name.endswith("_rnnt.yaml")
+    assert len(model.auxiliary) == len(heads) == ("_rnnt" in name)
     assert not decoder.llm.is_loaded
     parts = (model.encoder, decoder.adapter)
     parameters = sum(p.numel() for part in parts for p in part.parameters())
