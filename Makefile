@@ -12,7 +12,8 @@ demo: $(INSTALLED)
 	cd egs2/mini/asr1 && PATH="$(abspath $(VENV))/bin:$$PATH" ./run.sh
 
 test: $(INSTALLED) lint
-	PATH="$(abspath $(VENV))/bin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	PATH="$(abspath $(VENV))/bin:$$PATH" OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

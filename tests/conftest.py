@@ -9,6 +9,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Recipes first: they take minutes, and shorter tests then fill up the other processes."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny models are slower, and results less repeatable, with more threads."""
