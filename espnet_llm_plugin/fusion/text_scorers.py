@@ -6,6 +6,7 @@ scored once however many n-best lists it is in.
 N keys, V tokens.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Callable, Generic, Iterator, Optional, Protocol, Sequence, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ class Scored(Protocol):
     def token_ids(self) -> Sequence[int]: ...
 
 
-class TextScorer(Generic[Key]):
+class TextScorer(ABC, Generic[Key]):
     """Log-probabilities of hypotheses, natural logarithms.
 
     Args:
@@ -54,13 +55,13 @@ class TextScorer(Generic[Key]):
         self._forward, self._vocab_size, self._device = forward, vocab_size, device
         self._temperature, self._context = temperature, context
 
+    @abstractmethod
     def key(self, entry: Scored) -> Key:
         """What the score of ``entry`` depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sequence(self, key: Key) -> list[int]:
         """Token ids that begin with BOS, the end included if it is scored."""
-        raise NotImplementedError
 
     def score_batches(
         self, keys: Sequence[Key], batch_size: int = 16
