@@ -271,10 +271,26 @@ def test_another_grid_is_tuned_again(root, tmp_path, tool):
         tune_tool={tool} tune_config=grid.yaml
         decode_mark"""
     marks = []
-    for grid in ("alphas: [1.0]", "alphas: [0.5]", "alphas: [1.0]"):
+    for grid in ("alphas: [1.0]\n", "alphas: [0.5]\n", "# a comment\nalphas: [1.0]\n"):
         (tmp_path / "grid.yaml").write_text(grid)
         marks.append(run(["bash", "-c", script], tmp_path).stdout)
     assert marks[0] == marks[2] != marks[1] and marks[0].strip()
+
+
+def test_a_copy_of_an_llm_is_the_same_llm_and_other_weights_are_not(root, tmp_path):
+    functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p"
+    script = f"""set -eu
+        eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
+        llm_mark "$1" """
+    marks = []
+    weights = bytearray(3_000_000)
+    for name, byte in (("first", 0), ("copy", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        weights[5 * 3_000_000 // 256] = byte  # in the middle, at the start of a block
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        marks.append(run(["bash", "-c", script, "bash", name], tmp_path).stdout)
+    assert marks[0] == marks[1] != marks[2] and marks[0].strip()
 
 
 def test_custom_test_sets_need_names_of_their_own(recipes):

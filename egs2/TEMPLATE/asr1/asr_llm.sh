@@ -155,15 +155,33 @@ runs() {
 checksum() {
     local argument
     for argument in "$@"; do
-        if [ -f "${argument}" ]; then cat "${argument}"; else echo "${argument}"; fi
+        if [ ! -f "${argument}" ]; then
+            echo "${argument}"
+        elif [ "${argument%.yaml}" != "${argument}" ]; then
+            sed '/^ *#/d' "${argument}" # comments change nothing
+        else
+            cat "${argument}"
+        fi
     done | sha256sum | cut -d ' ' -f 1
 }
 is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 mark_done() { echo "$2" > "$1.partial" && mv "$1.partial" "$1"; }
-# A Hugging Face directory, by its configuration and by size and time of its weights.
+# A Hugging Face directory, by its configuration and by name, size and 256 blocks of its weights: quick
+# for any size, and the same for a copy elsewhere.
 llm_mark() {
     [ -d "$1" ] || return 0
-    checksum "$1/config.json" "$(stat -L -c '%n %s %Y' "$1"/*.safetensors "$1"/*.bin 2> /dev/null || true)"
+    checksum "$1/config.json" "$(python3 - "$1" << 'PYTHON'
+import hashlib, pathlib, sys
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*")):
+    if path.suffix in (".safetensors", ".bin"):
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with path.open("rb") as weights:
+            for block in range(256):
+                weights.seek(block * size // 256)
+                digest.update(weights.read(4096))
+        print(path.name, size, digest.hexdigest())
+PYTHON
+    )"
 }
 # The speech of a formatted data directory.
 audio_mark() { checksum "$1/wav.scp" "$1/utt2num_samples" "${fs}"; }
