@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.context import context_of
 from espnet_llm_plugin.llm.sequence_scores import length_sorted_batches, sequence_log_probs
-from espnet_llm_plugin.llm.state import context_of
 from espnet_llm_plugin.llm.vocabulary import special_rows
 
 Key = TypeVar("Key")

@@ -20,7 +20,8 @@ from espnet_llm_plugin.llm.adaptation import load_tokenizer
 from espnet_llm_plugin.llm.backbone import FrozenLLM
 from espnet_llm_plugin.llm.directory import TOKENS_FILE
 from espnet_llm_plugin.llm.native import check_rows
-from espnet_llm_plugin.llm.state import PrefixLM, PrefixState
+from espnet_llm_plugin.llm.prefix_state import PrefixState
+from espnet_llm_plugin.llm.state import PrefixLM
 from espnet_llm_plugin.llm.vocabulary import special_rows
 
 ENDS = ("eos", "newline", "none")

@@ -13,7 +13,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
 from espnet_llm_plugin.llm.directory import set_special_ids
 from espnet_llm_plugin.llm.own_tokens import OwnTokens, check_vocab_size, has_own_tokens
-from espnet_llm_plugin.llm.state import PrefixLM, PrefixState, TokenTree
+from espnet_llm_plugin.llm.prefix_state import PrefixState, TokenTree
+from espnet_llm_plugin.llm.state import PrefixLM
 from espnet_llm_plugin.llm.tuning import TunedLLM
 
 # Finite: minus infinity times a fusion weight of zero would be NaN.

@@ -8,131 +8,26 @@ layers, and points to the prefix it extends. Prefixes form a trie, so that what 
 common is computed and stored once; nothing is copied when a search branches. A slot is free again
 as soon as no prefix that a caller still holds reaches it.
 
-A prefix that has filled the LLM's context of C tokens is cut before it is extended: what the LLM
-sees of it from then on is its first token and the last C // 2 - 1 others, at the positions of a
-prefix of that length. Where a prefix is cut depends on its length alone, so its scores depend on
-nothing but its tokens, however a search came to it; and the cut prefixes form a trie like the
-others, which costs each token one forward more.
+A prefix that has filled the LLM's context is cut before it is extended, see
+:mod:`~espnet_llm_plugin.llm.context`; the cut prefixes form a trie like the others, which costs
+each token one forward more.
 """
 
 import logging
-from typing import Any, Iterator, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import numpy as np
 import torch
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.llm.cache_check import why_not_equal, why_not_pooled
+from espnet_llm_plugin.llm.context import context_of, kept
 from espnet_llm_plugin.llm.fast_llama import FastLlama, why_not_fast
 from espnet_llm_plugin.llm.kv_pool import KVPool, pooled_cache
+from espnet_llm_plugin.llm.prefix_state import PrefixState
 
-# Attention whose past is fully described by keys and values of single tokens. Sliding windows are
-# among them: the pool keeps all tokens and the mask hides those out of the window.
-_POOLED_LAYERS = {"full_attention", "sliding_attention"}
 # Logits of one forward of `grow`, at most: four bytes each.
 _GROWN_LOGITS = 32_000_000
-
-
-class PrefixState:
-    """One prefix (at least one token): immutable, opaque, shared freely between hypotheses.
-
-    Attributes:
-        token: the last one.
-        skipped: tokens after the first that the LLM no longer sees.
-        seen: tokens that it sees.
-    """
-
-    __slots__ = ("_pool", "_parent", "_slot", "_cut", "token", "skipped", "seen", "__weakref__")
-
-    def __init__(
-        self,
-        pool: KVPool,
-        parent: Optional["PrefixState"],
-        slot: Optional[int],
-        token: int,
-        skipped: Optional[int] = None,
-    ):
-        self._pool = pool
-        self._parent = parent  # keeps the slots of all shorter prefixes alive
-        self._slot = slot
-        self._cut: Optional[PrefixState] = None  # the same prefix with more tokens skipped
-        self.token = token
-        self.skipped = (0 if parent is None else parent.skipped) if skipped is None else skipped
-        self.seen: int = 1 if parent is None else parent.seen + 1
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prefix."""
-        return self.seen + self.skipped
-
-    def _path(self) -> Iterator["PrefixState"]:
-        node: Optional[PrefixState] = self
-        while node is not None:
-            yield node
-            node = node._parent
-
-    def tokens(self) -> list[int]:
-        """The tokens that the LLM sees, first to last."""
-        return [node.token for node in self._path()][::-1]
-
-    def is_of(self, tokens: Sequence[int]) -> bool:
-        """Whether this is the state of a prefix, as far as the LLM sees it."""
-        tokens = list(tokens)
-        return len(tokens) == self.length and self.tokens() == (
-            tokens[:1] + tokens[1 + self.skipped :]
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of its last token's keys and values."""
-        return self._pool.slot_bytes
-
-    @property
-    def slot(self) -> int:
-        """Slot of its last token."""
-        return self._slot
-
-    def __copy__(self) -> "PrefixState":
-        return self
-
-    def __deepcopy__(self, memo: dict) -> "PrefixState":
-        return self
-
-    def __reduce__(self):
-        raise TypeError("a PrefixState belongs to its PrefixLM and cannot be pickled")
-
-    def __del__(self) -> None:
-        # absent if __init__ failed
-        slot = getattr(self, "_slot", None)
-        if slot is not None:
-            self._pool.release(slot)
-
-
-class TokenTree:
-    """Tokens after given prefixes as :meth:`PrefixLM.grow` takes them, common ones once.
-
-    Attributes:
-        tokens: In the order of their numbers.
-        parents: What each comes after.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[Union[PrefixState, int, None]] = []
-        self._numbers: dict[tuple, int] = {}
-
-    def add(self, start: Optional[PrefixState], tokens: Sequence[int]) -> int:
-        """Tokens (at least one) after a prefix: the number of the last one."""
-        above: Union[PrefixState, int, None] = start
-        for token in tokens:
-            # A state is kept by `parents`, so its id is its own.
-            key = (id(above), token) if not isinstance(above, int) else (-1 - above, token)
-            number = self._numbers.get(key)
-            if number is None:
-                number = self._numbers[key] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(above)
-            above = number
-        return number
 
 
 class PrefixLM:
@@ -172,9 +67,9 @@ class PrefixLM:
         self._fast: Optional[FastLlama] = None
         if use_cache is None:
             self._fast = self._checked_fast()
-            reason = _why_not_pooled(self.config)
+            reason = why_not_pooled(self.config)
             if not reason and self._fast is None:
-                reason = self._check_cache()
+                reason = why_not_equal(self)
             if reason:
                 logging.warning(
                     "%s keeps no shareable keys and values (%s): every prefix is recomputed from "
@@ -425,10 +320,10 @@ class PrefixLM:
                 "stream",
                 state.length,
                 type(self.model).__name__,
-                *(size - 1 for size in (_kept(self.context), self.context)),
+                *(size - 1 for size in (kept(self.context), self.context)),
             )
             self._warned = True
-        skipped = state.skipped + self.context - _kept(self.context)
+        skipped = state.skipped + self.context - kept(self.context)
         # 1. What has no cut state yet, from the end: other prefixes share the rest.
         missing, node = [], state
         while node._cut is None and node.length > 1 + skipped:
@@ -486,80 +381,14 @@ class PrefixLM:
 
     def _checked_fast(self) -> Optional[FastLlama]:
         """The lean forward of the model, if there is one and it computes the same."""
-        if why_not_fast(self.model) or _why_not_pooled(self.config):
+        if why_not_fast(self.model) or why_not_pooled(self.config):
             return None
         try:
             self._fast = FastLlama(self.model)
-            reason = self._check_cache()
+            reason = why_not_equal(self)
         except Exception as error:  # whatever it is, the model's own forward remains
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
             return self._fast
         logging.warning("%s decodes by its own forward: %s", type(self.model).__name__, reason)
         return None
-
-    @torch.no_grad()
-    def _check_cache(self) -> Optional[str]:
-        """Compare a small ragged tree of prefixes with full forwards; the reason if it differs."""
-        ids = [index % self.vocab_size for index in (3, 5, 2, 7)]
-        training = self.model.training
-        self.model.eval()  # dropout would make any two forwards differ
-        try:
-            _, (first,) = self.step(ids[:1], [None])
-            _, (second,) = self.step(ids[1:2], [first])
-            logits, _ = self.step(ids[2:], [second, first])
-            expected = [
-                self.model(input_ids=torch.tensor([row], device=self.model.device)).logits[0, -1]
-                for row in ([*ids[:3]], [ids[0], ids[3]])
-            ]
-        except Exception as error:  # any failure means: not this way
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        finally:
-            self.model.train(training)
-        expected = torch.stack(expected).float()
-        half = self.model.dtype in (torch.float16, torch.bfloat16)
-        scale = expected.std().clamp(min=1e-6)
-        difference = float(((logits - expected).abs().max() / scale).nan_to_num(float("inf")))
-        if difference > (0.3 if half else 1e-3):
-            return f"stepwise and full logits differ by {difference:.2g} standard deviations"
-        return None
-
-
-def _why_not_pooled(config: Any) -> Optional[str]:
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not layers <= _POOLED_LAYERS:
-        return f"layers {', '.join(sorted(layers - _POOLED_LAYERS))}"
-    if getattr(config, "attention_chunk_size", None):
-        return "chunked attention"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers that share keys and values"
-    return None
-
-
-def context_of(model: Any) -> Optional[int]:
-    """Tokens that an LLM can see; ``None``: any number (state-space models, ALiBi).
-
-    That is how many positions it has learned (GPT-2, OPT: beyond it cannot go), or how far the
-    training of its relative positions went (Llama: beyond, its predictions get worse and worse).
-    """
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _kept(context: int) -> int:
-    """Tokens that are left of a full context, the first included."""
-    return max(context // 2, 1)
-
-
-def context_windows(length: int, context: Optional[int]) -> list[tuple[int, int, int]]:
-    """What an LLM sees at each of ``length`` tokens, as :class:`PrefixLM` cuts prefixes.
-
-    Returns:
-        (skipped, begin, end): at tokens [begin, end) it sees the first token and those from
-        1 + skipped on.
-    """
-    windows = [(0, 0, length if context is None else min(length, context))]
-    while windows[-1][2] < length:
-        skipped, _, begin = windows[-1]
-        skipped += context - _kept(context)
-        windows.append((skipped, begin, min(length, skipped + context)))
-    return windows

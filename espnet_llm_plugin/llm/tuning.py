@@ -14,6 +14,7 @@ from espnet_llm_plugin.compat import enable_gradient_checkpointing
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm import backbone
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
+from espnet_llm_plugin.llm.context import context_of
 from espnet_llm_plugin.llm.lora import (
     inject_lora,
     lora_options,
@@ -21,7 +22,6 @@ from espnet_llm_plugin.llm.lora import (
     merge_lora,
     named_lora_parameters,
 )
-from espnet_llm_plugin.llm.state import context_of
 
 TUNINGS = ("frozen", "lora", "full")
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity
+from espnet_llm_plugin.llm.context import context_of, context_windows
 from espnet_llm_plugin.llm.directory import check_llm_tokens
-from espnet_llm_plugin.llm.state import PrefixLM, context_of, context_windows
+from espnet_llm_plugin.llm.state import PrefixLM
 from espnet_llm_plugin.transducer.abs_predictor import AbsPredictor
 
 

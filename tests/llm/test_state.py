@@ -10,7 +10,8 @@ import torch
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm import state as state_module
-from espnet_llm_plugin.llm.state import PrefixLM, context_windows
+from espnet_llm_plugin.llm.context import context_windows
+from espnet_llm_plugin.llm.state import PrefixLM
 from tests.llm.tiny import FAMILIES, RECOMPUTED, tiny_model
 
 PREFIXES = ([3, 5, 7], [3, 5, 7, 1, 2, 9, 4, 4, 11, 30], [8, 2, 2, 6, 5, 3], [36], [3, 5, 9])
@@ -185,7 +186,7 @@ class TestMemory:
 
     def test_long_chains_are_freed(self):
         lm = PrefixLM(tiny_model("llama"), use_cache=False)
-        from espnet_llm_plugin.llm.state import PrefixState
+        from espnet_llm_plugin.llm.prefix_state import PrefixState
 
         state = None
         for slot in lm._pool.take(np.zeros(20000, dtype=int)).tolist():
@@ -338,37 +339,3 @@ def test_windows_are_what_is_seen(context):
             for n in range(begin + 1, end + 1):
                 assert window(LONG[:n], context) == [LONG[0], *LONG[1 + skipped : n]]
     assert context_windows(60, None) == [(0, 0, 60)]
-
-
-def test_a_model_that_ignores_its_cache_is_noticed(caplog):
-    """Falls back on recomputation when stepwise logits are not those of the full forward."""
-
-    class Ignores(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = tiny_model("llama")
-            self.config, self.device, self.dtype = self.inner.config, "cpu", torch.float32
-
-        def forward(self, input_ids, attention_mask=None, use_cache=False, **kwargs):
-            return self.inner(input_ids=input_ids, use_cache=False)
-
-    lm = PrefixLM(Ignores())
-    assert not lm.uses_cache and "recomputed" in caplog.text
-    logits, _ = lm.step([7], [state_of(lm, [3, 5])])
-    torch.testing.assert_close(logits[0], full(lm.model.inner, [3, 5, 7]), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_cache(dtype):
-    model = tiny_model("llama").to(dtype)
-    lm = PrefixLM(model)
-    assert lm.uses_cache
-    logits, _ = lm.step([7], [state_of(lm, [3, 5])])
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits[0], full(model, [3, 5, 7]).float(), atol=0.05, rtol=0.05)
-
-
-def test_dropout_does_not_spoil_the_check():
-    model = tiny_model("llama", attention_dropout=0.5).train()
-    assert PrefixLM(model).uses_cache
-    assert model.training
