@@ -227,7 +227,7 @@ def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
         *("asr_ctc", "asr_ft_weak", "asr_swap_mwer")
     }
     mwer = trainings(found)[f"{EXP}/streaming_e5_s1/asr_swap_mwer"]["--asr_args"]
-    assert "--encoder_conf dynamic_chunk_sizes=[16,32,64]" in mwer
+    assert "--encoder_conf dynamic_chunk_sizes=[8,16,32,64]" in mwer
     for chunk in (160, 640):
         call = decodings(found)[f"{EXP}/streaming_e5_s1/asr_swap_mwer/decode_{chunk}ms"]
         for option, name in (("--tune_config", "tune"), ("--inference_config", "decode")):
@@ -238,6 +238,23 @@ def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
     # what all chunk sizes share starts with the scales of the middle one
     swap = decodings(found)[f"{EXP}/streaming_e5_s1/asr_ft_weak/decode_swap_stories_320ms"]
     assert swap["--tune_config"].endswith("tune_swap_320.yaml")
+
+
+def test_streams_are_measured_with_the_scales_of_320_ms(recipe):
+    (recipe / "dump/full_LLM/raw/test").mkdir(parents=True)
+    for name in ("wav.scp", "text"):
+        lines = "".join(f"utt{number} x\n" for number in range(500))
+        (recipe / "dump/full_LLM/raw/test" / name).write_text(lines)
+    run(recipe, *OPTIONS, "--rows", "weak", "--encoders", "80", "--stream", "swap swap_mwer")
+    tools = (recipe / "tools").read_text().split("\n")
+    swap, mwer = (line.split("\t") for line in tools if "bin.streaming_report\t" in line)
+    place = f"{EXP}/streaming_e5_s1"
+    assert f"{place}/asr_ft_weak/valid.loss.ave.pth" in swap
+    assert f"{place}/asr_ft_weak/decode_swap_stories_320ms/tune/best.yaml" in swap
+    assert f"llm={EXP}/lm_stories/llm" in swap
+    assert f"{place}/asr_swap_mwer/valid.mwer_expected_errors.ave.pth" in mwer
+    assert f"{place}/asr_swap_mwer/decode_320ms_stream" in mwer and "--predictor" not in mwer
+    assert len((recipe / EXP / "stream/test/wav.scp").read_text().splitlines()) == 400
 
 
 def test_rows_of_the_archive_are_not_done_again(recipe):

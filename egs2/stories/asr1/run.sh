@@ -10,13 +10,13 @@
 #                 (without it: a small LLaMA trained on the sentences of a grammar)
 #   --experiment  transducer (local/rows.txt), speech_llm or combination (local/<it>_rows.txt)
 #   --rows        rows or sets of them (main, ablation, ...), or all; none: just the table
-#   --encoders    offline, or milliseconds of a chunk: 160 320 640
+#   --encoders    offline, or milliseconds of a chunk: 80 160 320 640
 #   --epochs      of transducers or speech LLMs, a table each
 #   --jobs        rows at a time, each with one thread; --stop_stage 5: data only
+#   --stream      rows whose streaming models are then measured as streams: delays, compute time
 #
 # What is finished is not done again: a long experiment can be run in pieces, several at a time, or
 # elsewhere, since results.zip has what the tables of full are made of.
-
 # shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -25,8 +25,8 @@ cd "$(dirname "$0")"
 . ../../TEMPLATE/asr1/options.sh
 
 size=small llm_source="" rows=main encoders=offline epochs="" seeds=1 jobs=2 stop_stage=13
-experiment=transducer
-read_options "size llm_source rows encoders epochs seeds jobs stop_stage experiment" "$@"
+experiment=transducer stream=""
+read_options "size llm_source rows encoders epochs seeds jobs stop_stage experiment stream" "$@"
 # Utterances of train, dev, test and of LM text; small and less speak a part of full's sentences.
 texts=full text_size="3000 300 1600 48000" sample_args="" lm_args="" nbpe=300
 ctc_epochs=16 finetune_epochs=2 default_epochs=5
@@ -56,4 +56,5 @@ restore_results
 [ "${rows}" = none ] || selected=$(select_rows ${rows})
 [ "${rows}" = none ] || prepare_data
 [ "${rows}" = none ] || [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
+stream_rows
 [ "${stop_stage}" -lt 13 ] || table

@@ -159,7 +159,7 @@ train_model() {
         options+=" --decoder_conf predictor_conf.llm=${exp}/lm_${lm}/llm"
     fi
     [ "${encoder}" = offline ] || # and look ahead by 40 ms, as the paper
-        options+=" --encoder_conf chunk_size=32 --encoder_conf dynamic_chunk_sizes=[16,32,64]
+        options+=" --encoder_conf chunk_size=32 --encoder_conf dynamic_chunk_sizes=[8,16,32,64]
             --encoder_conf right_context=4"
     asr "$1" "${settings}" --skip_eval true --stop_stage 11 "${start[@]}" \
         --asr_args "$(schedule "${count}") --seed ${seed} ${options}"

@@ -13,8 +13,8 @@ archive=results.zip
 [ "${size}" = full ] || archive=${exp}/results.zip
 restore_results() { [ ! -f "${archive}" ] || tool results_archive --archive "${archive}" --restore; }
 for encoder in ${encoders}; do
-    [[ " offline 160 320 640 " == *" ${encoder} "* ]] ||
-        die "--encoders has '${encoder}'; expected some of offline 160 320 640"
+    [[ " offline 80 160 320 640 " == *" ${encoder} "* ]] ||
+        die "--encoders has '${encoder}'; expected some of offline 80 160 320 640"
 done
 rows_of() { # all, a set, or names of rows
     local word
@@ -156,6 +156,45 @@ run_rows() { # names, a line each
     for worker in $(seq "${jobs}"); do wait "${job_pids[first + worker - 1]}" || failed=1; done
     rm -r "${claims}"
     [ "${failed}" = 0 ] || die "some rows failed (see above); the same command continues"
+}
+
+# --- streaming, sample by sample --------------------------------------------------------------------
+stream_rows() {
+    local row epochs seed encoder=320
+    [ -n "${stream}" ] || return 0
+    # shellcheck disable=SC2086
+    rows_of ${stream} > /dev/null
+    for epochs in ${epochs_list}; do
+        for seed in ${seeds}; do
+            # shellcheck disable=SC2086
+            for row in $(rows_of ${stream}); do stream_row "${row}"; done
+        done
+    done
+}
+# Error rate, delays and compute time of the first 400 utterances of test, one at a time.
+stream_row() { # row
+    local model use directory decoded file subset=${exp}/stream/test given=()
+    local settings lm from options best=valid.loss.ave.pth
+    run_row "$1"
+    model=$(field "$1" model)
+    use=$(field "$1" use)
+    describe "${model}"
+    [ -z "${from}" ] || best=valid.mwer_expected_errors.ave.pth
+    directory=$(place "${model}")/asr_${model}
+    decoded=$(decoding_of "$1")
+    case ${use} in
+        "") ;;
+        swap*) given=(--predictor llm --predictor_conf "llm=${exp}/lm_${use#* }/llm") ;;
+        *) die "--stream ${1}: rows with an LM in fusion have no report; expected one without, or a swap" ;;
+    esac
+    mkdir -p "${subset}"
+    for file in wav.scp text; do
+        head -n 400 "dump/${name}/raw/test/${file}" > "${subset}/${file}"
+    done
+    tool streaming_report --asr_train_config "${directory}/config.yaml" \
+        --asr_model_file "${directory}/${best}" --config "${decoded}/tune/best.yaml" \
+        --data_path_and_name_and_type "${subset}/wav.scp,speech,sound" --text "${subset}/text" \
+        --output_dir "${decoded}_stream" "${given[@]}"
 }
 
 # --- the table ------------------------------------------------------------------------------------
