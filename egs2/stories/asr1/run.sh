@@ -50,7 +50,6 @@ export OMP_NUM_THREADS=1
 . local/speech_llm.sh
 . local/combination.sh
 . local/steps.sh
-
 restore_results
 # shellcheck disable=SC2086
 [ "${rows}" = none ] || selected=$(select_rows ${rows})
