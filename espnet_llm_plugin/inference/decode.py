@@ -28,7 +28,7 @@ from espnet_llm_plugin.inference.options import (
     identity,
     refuse_unsupported,
 )
-from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales, lm_use
+from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
 from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer, default_ctc_weight
 from espnet_llm_plugin.inference.speech_llm_options import (
     add_speech_llm_options,
@@ -97,10 +97,6 @@ def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None)
     finally:
         writer.close()
     summary = writer.finish(data.keys)
-    if isinstance(recognizer, Recognizer):
-        calls, tokens = lm_use(recognizer.search)
-        if calls:
-            logging.info(f"LM: {calls} calls, {tokens} tokens")
     report(summary)
     return summary
 
@@ -238,8 +234,10 @@ def attempt(recognizer: AnyRecognizer, utterance: Utterance) -> tuple[list, str,
 def timed(
     recognizer: AnyRecognizer, batch: Sequence[Utterance]
 ) -> list[tuple[list, str, dict[str, float]]]:
-    """N-best and times (seconds; the batch's, shared by length) of each utterance."""
+    """N-best, times (seconds) and LM use of each utterance: the batch's, shared by length."""
     rate = recognizer.asr.sample_rate
+    counts = recognizer.lm_use if isinstance(recognizer, Recognizer) else lambda: (0, 0)
+    calls, tokens = counts()
     start, cpu_start = time.perf_counter(), time.process_time()
     encoder_out, lengths = recognizer.encode([utterance.speech for utterance in batch])
     if encoder_out.is_cuda:
@@ -248,6 +246,7 @@ def timed(
     codes = [[utterance.lang for utterance in batch]] if recognizer.asr.is_speech_llm else []
     lists = recognizer.decode(encoder_out, lengths, *codes)
     end, cpu_end = time.perf_counter(), time.process_time()
+    all_calls, all_tokens = counts()
     total = sum(len(utterance.speech) for utterance in batch)
     results = []
     for utterance, nbest in zip(batch, lists):
@@ -258,6 +257,8 @@ def timed(
             encoder_seconds=share * (middle - start),
             search_seconds=share * (end - middle),
             cpu_seconds=share * (cpu_end - cpu_start),
+            lm_calls=share * (all_calls - calls),
+            lm_tokens=share * (all_tokens - tokens),
         )
         results.append((nbest, "", timing))
     return results
@@ -275,6 +276,8 @@ def report(summary: dict[str, Any]) -> None:
             f"RTF {summary['rtf']:.4f}: encoder {summary['encoder_seconds']} s, search "
             f"{summary['search_seconds']} s for {summary['audio_seconds']} s of audio"
         )
+    if summary["lm_calls"]:
+        logging.info(f"LM: {summary['lm_calls']} calls, {summary['lm_tokens']} tokens")
     if failed:
         some = ", ".join(list(failed)[:5]) + (", ..." if len(failed) > 5 else "")
         logging.warning(f"{len(failed)} of {summary['utterances']} utterances failed: {some}")

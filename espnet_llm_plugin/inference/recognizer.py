@@ -21,6 +21,7 @@ from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.ilm import WithBigramILM
+from espnet_llm_plugin.transducer.llm_predictor import LLMPredictor
 from espnet_llm_plugin.transducer.prefix_tree import MAX_BYTES
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
@@ -108,6 +109,12 @@ class Recognizer:
             encoder_out, lengths, self.scales, self.nbest, self.normalize_length
         )
         return [[self.recognition(hyp) for hyp in hyps] for hyps in lists]
+
+    def lm_use(self) -> tuple[int, int]:
+        """Calls of the LM so far, external or an LLM as the predictor, and tokens read in them."""
+        predictor = getattr(self.asr.model.decoder, "predictor", None)
+        own = predictor.use if isinstance(predictor, LLMPredictor) else (0, 0)
+        return tuple(map(sum, zip(own, lm_use(self.search))))
 
     def recognition(self, hypothesis: Hypothesis) -> Recognition:
         """Tokens and text of a hypothesis."""
@@ -239,7 +246,7 @@ def build_search(
 
 
 def lm_use(search: Search) -> tuple[int, int]:
-    """Calls of a search's LM so far, and tokens that it has read in them."""
+    """Calls of a search's external LM so far, and tokens that it has read in them."""
     llm = getattr(search.fusion, "llm", None)
     if llm is not None:
         return llm.num_calls, llm.num_tokens

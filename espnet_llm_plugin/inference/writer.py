@@ -51,6 +51,8 @@ class ResultWriter:
         encoder_seconds: float = 0.0,
         search_seconds: float = 0.0,
         cpu_seconds: float = 0.0,
+        lm_calls: float = 0.0,
+        lm_tokens: float = 0.0,
         failure: str = "",
         pieces: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -64,6 +66,8 @@ class ResultWriter:
             "encoder_seconds": encoder_seconds,
             "search_seconds": search_seconds,
             "cpu_seconds": cpu_seconds,
+            "lm_calls": lm_calls,
+            "lm_tokens": lm_tokens,
             "failure": failure,
             "pieces": list(pieces),
             "nbest": [_entry(recognition) for recognition in nbest] or [_EMPTY],
@@ -121,6 +125,8 @@ class ResultWriter:
             **{name: round(value, 3) for name, value in seconds.items()},
             "rtf": used / audio if audio else None,
             "cpu_rtf": seconds["cpu_seconds"] / audio if audio else None,
+            "lm_calls": round(sum(record.get("lm_calls", 0) for record in records)),
+            "lm_tokens": round(sum(record.get("lm_tokens", 0) for record in records)),
             "utterances": len(records),
             "failed": {r["utt"]: r["failure"] for r in records if r["failure"]},
         }

@@ -24,7 +24,8 @@
         perplexity: exp/lm/perplexity.json  # optional, {"word_perplexity": ...}, or with that in
                                             # "internal_lm" (what evaluate_nll writes)
         rtf: exp/asr_rnnt/decode/test/logdir/output.*/rtf.json    # optional, {"rtf": ...}; several
-                                            # jobs are weighted by their "audio_seconds"
+                                            # jobs are weighted by their "audio_seconds"; also
+                                            # "lm_calls" and "lm_tokens" of "utterances"
         time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum
         train_log: exp/asr_sl/train.log     # optional, of a speech LLM: its last "shuffled_gap"
         group: 5 epochs                     # optional: a table for each group, comparisons inside
@@ -35,15 +36,12 @@ to the working directory.
 """
 
 import glob
-import json
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Union
 
 import numpy as np
-import yaml
 
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.alignment import Counts
@@ -56,12 +54,21 @@ from espnet_llm_plugin.scoring.evaluate import (
     pool_counts,
     read_counts,
 )
-from espnet_llm_plugin.scoring.training_log import last_statistics
+from espnet_llm_plugin.scoring.result_files import (
+    check_keys,
+    number,
+    read_gap,
+    read_number,
+    read_per_utterance,
+    read_perplexity,
+    read_rtf,
+    read_table,
+)
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 from espnet_llm_plugin.scoring.wer import Summary
 
 SCALES = ("alpha", "beta", "ctc_weight", "textlm_weight", "label_bonus", "penalty", "lm_weight")
-SCALES += ("ilm_weight", "length_norm")
+SCALES += ("ilm_weight", "prior_weight", "length_norm")
 
 _TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
 _TOP_KEYS |= {"utt2lang"}
@@ -109,6 +116,8 @@ class System:
     dev_nll: Optional[float] = None  # nats per label
     perplexity: Optional[float] = None  # of its LM, by words
     rtf: Optional[float] = None
+    lm_calls: Optional[float] = None  # calls of the LM an utterance
+    lm_tokens: Optional[float] = None  # tokens that it reads in them
     seconds: Optional[float] = None  # of training
     audio_gap: Optional[float] = None  # speech LLM: nats per token lost with wrong audio, on dev
     group: Optional[str] = None
@@ -161,8 +170,8 @@ def load_results(path: Union[str, Path]) -> Results:
         UserError: A missing or malformed file, an unknown or missing key, or systems that were
             not scored on the same references.
     """
-    config = _read_table(path)
-    _check_keys(str(path), config, _TOP_KEYS, required={"systems"})
+    config = read_table(path)
+    check_keys(str(path), config, _TOP_KEYS, required={"systems"})
     entries = config["systems"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: systems must be a list of mappings")
@@ -258,25 +267,28 @@ class _Reader:
 
 
 def _load_system(where: str, entry: dict, reader: _Reader) -> System:
-    _check_keys(where, entry, _SYSTEM_KEYS, required={"name", "test"})
+    check_keys(where, entry, _SYSTEM_KEYS, required={"name", "test"})
     where = f"{where} ({entry['name']})"
     test = entry["test"]
     directories = test if isinstance(test, dict) else {Path(str(test)).name: test}
     tests = {str(name): reader.data_set(directory) for name, directory in directories.items()}
     times = entry.get("time")
     times = times if isinstance(times, list) else [times] if times is not None else []
+    jobs = entry.get("rtf")
     seconds_key = reader.clock + "seconds"
-    seconds = [reader.mean(file, lambda one: _read_number(one, seconds_key)) for file in times]
+    seconds = [reader.mean(file, lambda one: read_number(one, seconds_key)) for file in times]
     return System(
         name=str(entry["name"]),
         tests={name: found for name, found in tests.items() if found is not None},
         dev=None if entry.get("dev") is None else reader.data_set(entry["dev"]),
         scales=_load_scales(where, entry.get("scales"), reader),
-        dev_nll=reader.mean(entry.get("dev_nll"), lambda one: _read_number(one, "nll_per_label")),
-        perplexity=reader.mean(entry.get("perplexity"), _read_perplexity),
-        rtf=reader.mean(entry.get("rtf"), lambda one: _read_rtf(one, reader.clock + "rtf")),
+        dev_nll=reader.mean(entry.get("dev_nll"), lambda one: read_number(one, "nll_per_label")),
+        perplexity=reader.mean(entry.get("perplexity"), read_perplexity),
+        rtf=reader.mean(jobs, lambda one: read_rtf(one, reader.clock + "rtf")),
+        lm_calls=reader.mean(jobs, lambda one: read_per_utterance(one, "lm_calls")) or None,
+        lm_tokens=reader.mean(jobs, lambda one: read_per_utterance(one, "lm_tokens")) or None,
         seconds=sum(seconds) if seconds and None not in seconds else None,
-        audio_gap=reader.mean(entry.get("train_log"), _read_gap),
+        audio_gap=reader.mean(entry.get("train_log"), read_gap),
         group=entry.get("group"),
         command=entry.get("command"),
     )
@@ -314,7 +326,7 @@ def _load_rates(directory: Path) -> dict[str, Rate]:
         raise UserError(
             f"{path}: no such file; score {directory} first (espnet_llm_plugin.bin.score)"
         )
-    scores = _read_table(path)
+    scores = read_table(path)
     rates = {}
     try:
         for unit in (WER, CER, TER):
@@ -341,7 +353,7 @@ def _load_scales(where: str, value: Any, reader: _Reader) -> list[dict[str, floa
         return []
     if isinstance(value, str):
         files = reader.present(dict(reader.each(value)))
-        tables = {file: _read_table(file) for file in files.values()}
+        tables = {file: read_table(file) for file in files.values()}
         found = [_scales(file, table.get("best", table)) for file, table in tables.items()]
     else:
         found = [_scales(where, value)]
@@ -351,69 +363,4 @@ def _load_scales(where: str, value: Any, reader: _Reader) -> list[dict[str, floa
 def _scales(where: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not any(name in value for name in SCALES):
         raise UserError(f"{where}: no scale in it; expected some of {', '.join(SCALES)}")
-    return {name: _number(f"{where}: {name}", value[name]) for name in SCALES if name in value}
-
-
-def _read_gap(path: str) -> float:
-    statistics_of = last_statistics(path)
-    if "shuffled_gap" not in statistics_of:
-        raise UserError(f"{path}: no epoch with shuffled_gap; is it the log of a speech LLM?")
-    return statistics_of["shuffled_gap"]
-
-
-def _read_perplexity(path: str) -> float:
-    """Word perplexity, alone or of the internal LM that ``evaluate_nll`` reports."""
-    table = _read_table(path)
-    table = table.get("internal_lm") or table
-    if "word_perplexity" not in table:
-        raise UserError(f"{path}: no word_perplexity in it")
-    return _number(f"{path}: word_perplexity", table["word_perplexity"])
-
-
-def _read_rtf(pattern: str, key: str) -> float:
-    """Real-time factor of all decoding jobs whose file matches the pattern."""
-    files = sorted(glob.glob(str(pattern)))
-    if not files:
-        raise UserError(f"{pattern}: no such file")
-    factors = [_read_number(file, key) for file in files]
-    if len(files) == 1:
-        return factors[0]
-    audio = [_read_number(file, "audio_seconds") for file in files]
-    return sum(factor * seconds for factor, seconds in zip(factors, audio)) / sum(audio)
-
-
-def _read_number(path: Union[str, Path], key: str) -> float:
-    table = _read_table(path)
-    if key not in table:
-        raise UserError(f"{path}: no {key} in it; it has {', '.join(table) or 'nothing'}")
-    return _number(f"{path}: {key}", table[key])
-
-
-def _number(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where} is {value!r}; expected a number")
-    return float(value)
-
-
-def _read_table(path: Union[str, Path]) -> dict:
-    """Read a mapping from a JSON (``.json``) or YAML file."""
-    path = Path(str(path))
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    try:
-        table = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: expected a mapping")
-    return table
-
-
-def _check_keys(where: str, table: dict, known: set[str], required: set[str]) -> None:
-    unknown = sorted(set(map(str, table)) - known)
-    if unknown:
-        raise UserError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    missing = sorted(key for key in required if table.get(key) is None)
-    if missing:
-        raise UserError(f"{where}: {', '.join(missing)} is missing")
+    return {name: number(f"{where}: {name}", value[name]) for name in SCALES if name in value}

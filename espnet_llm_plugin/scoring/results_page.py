@@ -22,6 +22,7 @@ UNKNOWN = "-"
 NOT_RUN = "not run"
 _SCALE_NAMES = {"alpha": "alpha", "beta": "beta", "label_bonus": "bonus", "lm_weight": "LM"}
 _SCALE_NAMES |= {"ilm_weight": "internal LM", "ctc_weight": "CTC", "penalty": "bonus"}
+_SCALE_NAMES |= {"prior_weight": "prior"}
 _SCALE_NAMES |= {"textlm_weight": "LLM without audio", "length_norm": "length norm"}
 
 
@@ -30,7 +31,8 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
     header = ["system", "dev WER"]
     for test in results.tests():
         header += [f"{test} WER", "sd over seeds", "95 %", "ins / del / sub"]
-    header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "audio gap", "RTF", "training"]
+    header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "audio gap", "RTF"]
+    header += ["LM calls / utt", "LM tokens / utt", "training"]
     rows = []
     for system in results.groups()[group]:
         row = [system.name, UNKNOWN if system.dev is None else _rate(system.dev)]
@@ -44,6 +46,8 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
             _number(system.dev_nll, "{:.3f}"),
             _number(system.audio_gap, "{:.2f}"),
             _number(system.rtf, "{:.3f}"),
+            _number(system.lm_calls, "{:.1f}"),
+            _number(system.lm_tokens, "{:.1f}"),
             UNKNOWN if system.seconds is None else duration(system.seconds),
         ]
         rows.append(row)

@@ -73,6 +73,12 @@ class LLMPredictor(AbsPredictor):
         logits, states = self._prefix_lm.step(labels + 1, states)
         return self._log_probs(logits), states
 
+    @property
+    def use(self) -> tuple[int, int]:
+        """Calls of the LLM in searches so far, and tokens that it has read in them."""
+        lm = self._prefix_lm
+        return (0, 0) if lm is None else (lm.num_forwards, lm.num_token_forwards)
+
     @staticmethod
     def _log_probs(logits: Tensor) -> Tensor:
         """Normalise over the labels alone: <blank> and <sos/eos> are never predicted."""

@@ -125,8 +125,12 @@ def test_ctc_greedy_is_the_best_path(run, files):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_external_lm_changes_scores_by_its_weight(run, files, kind):
-    plain = nbest_of(run(kind, "--beam_size", "4"))
-    fused = nbest_of(run(kind, "--beam_size", "4", "--lm_weight", "0.5", *files["lm"].lm_options()))
+    out = run(kind, "--beam_size", "4")
+    plain, use = nbest_of(out), json.loads((out / "rtf.json").read_text())
+    assert use["lm_calls"] == use["lm_tokens"] == 0
+    out = run(kind, "--beam_size", "4", "--lm_weight", "0.5", *files["lm"].lm_options())
+    fused, use = nbest_of(out), json.loads((out / "rtf.json").read_text())
+    assert use["lm_tokens"] >= use["lm_calls"] > 0
     assert all(entry["external_lm"] == 0 for entry in plain)
     assert all(entry["external_lm"] < 0 for entry in fused)
     # ESPnet's default for --lm_weight without an LM is 1: it must not matter
@@ -225,7 +229,8 @@ def test_an_utterance_longer_than_the_llms_context_is_decoded(run, tmp_path, cap
     wav = make_audio(tmp_path / "wav", {"long": 3.0, "short": 0.1, "longer": 4.0})
     swap = ["--predictor", "llm", "--predictor_conf", f"llm={llm}", "--beam_size", "2"]
     out = run("factorized", *swap, "--label_bonus", "1", wav=wav)
-    assert json.loads((out / "rtf.json").read_text())["failed"] == {}
+    summary = json.loads((out / "rtf.json").read_text())
+    assert summary["failed"] == {} and summary["lm_tokens"] > summary["lm_calls"] > 0
     lengths = {e["utt"]: len(e["token_int"].split()) for e in nbest_of(out)}
     assert lengths["short"] > 0 and min(lengths["long"], lengths["longer"]) > 16
     assert caplog.text.count("fills the context") == 1

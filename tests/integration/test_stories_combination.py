@@ -5,7 +5,7 @@ import yaml
 
 from espnet_llm_plugin.bin import tune_fusion
 from espnet_llm_plugin.inference.options import parse_with_configs
-from tests.integration.test_stories_recipe import EXP, OPTIONS, copy_recipe, decodings, run
+from tests.integration.test_stories_recipe import EXP, OPTIONS, copy_recipe, decodings, launch, run
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +37,8 @@ def settings(calls, recipe, root):
         _, _, model, use, how, _ = rows(root)[name]
         tag = "_".join(["decode", *use.split(), *how.replace("=", "").split()])
         place = "offline_s1" if model == "ctc" else "offline_e5_s1"
-        call = found[f"{EXP}/{place}/asr_{model}/{tag.removesuffix('_tuned')}"]
+        tag = tag.replace("_tuned", "_combination")  # the other experiment has a grid of its own
+        call = found[f"{EXP}/{place}/asr_{model}/{tag}"]
         files = (recipe / call[key] for key in ("--tune_config", "--inference_config"))
         return (call, *(yaml.safe_load(file.read_text()) for file in files))
 
@@ -67,6 +68,23 @@ def test_ways_to_combine(settings):
     }.items():
         for before, after in zip(plain, settings(name)[1:]):
             assert after == {**before, **added}
+
+
+def test_rows_of_the_other_experiments_are_beside_them(tmp_path, root):
+    recipe = copy_recipe(tmp_path, root)
+    scored = recipe / EXP / "offline_e5_s1/asr_swap_mwer/decode/test/scores.json"
+    scored.parent.mkdir(parents=True)
+    scored.touch()
+    place = recipe / EXP / "offline_e5_s1/.combination"
+    place.touch()
+    result = launch(recipe, *COMBINATION[:-1], "none", python=recipe.parents[2] / "bin")
+    assert result.returncode == 0, result.stderr
+    systems = yaml.safe_load((recipe / EXP / "results_combination.yaml").read_text())["systems"]
+    assert systems[-1]["name"] == "swap + MWER" and len(systems) == len(rows(root)) + 1
+    assert systems[-1]["test"] == f"{EXP}/offline_e5_s1/asr_swap_mwer/decode/test".replace(
+        "_s1", "_s{seed}"
+    )
+    assert "--experiment" not in systems[-1]["command"]
 
 
 def test_language_models(settings, calls):

@@ -106,6 +106,18 @@ def test_real_time_factor_of_several_jobs(recipe):
     assert load_results("results.yaml").systems[1].rtf == pytest.approx(7 / 40)
 
 
+def test_use_of_the_lm_by_utterance(recipe):
+    assert load_results("results.yaml").systems[1].lm_calls is None
+    for job, (calls, utterances) in enumerate([(30, 2), (10, 3)]):
+        table = {"rtf": 0.1, "audio_seconds": 1, "lm_calls": calls, "lm_tokens": 4 * calls}
+        path = recipe / f"exp/output.{job}.json"
+        path.write_text(json.dumps({**table, "utterances": utterances}))
+    config = CONFIG.replace("exp/rtf.json", "exp/output.*.json")
+    (recipe / "results.yaml").write_text(config)
+    system = load_results("results.yaml").systems[1]
+    assert (system.lm_calls, system.lm_tokens) == (8, 32)
+
+
 def test_times_of_the_cpu_instead_of_the_clock(recipe):
     (recipe / "exp/rtf.json").write_text(json.dumps({"rtf": 0.0071, "cpu_rtf": 0.005}))
     for name, seconds in (("time", 60), ("long", 600)):

@@ -42,6 +42,8 @@ tag_of() { # row
     local tag use
     use=$(field "$1" use)
     tag=decode${use:+_${use/ /_}}
+    # The same row of two experiments has two grids, two beams.
+    [ "${experiment} $(field "$1" scales)" != "combination tuned" ] || tag+=_combination
     [ "$(field "$1" scales)" = tuned ] || tag+=_$(field "$1" scales | tr ' ' _ | tr -d =)
     [ "${encoder}" = offline ] || tag+=_${encoder}ms
     echo "${tag}"
@@ -265,6 +267,11 @@ table() {
                     entry "${row}"
                 fi
             done
+            if [ "${experiment}" = combination ]; then
+                experiment=transducer rows_file=local/rows.txt entries_if_run swap swap_mwer
+                experiment=speech_llm rows_file=local/speech_llm_rows.txt \
+                    entries_if_run lora8 lora8_joint
+            fi
             first=false
         done < <(sed -E 's/^(.*)_e(.*)_s.*$/\1 \2/' <<< "${conditions}" | sort -u |
             awk '{print ($1 != "offline"), $0}' | sort -k1,1n -k2,2n -k3,3n | cut -d ' ' -f 2-)
@@ -274,6 +281,10 @@ table() {
     tool results_archive --archive "${archive}" --collect "${exp}/results${part}.yaml"
     tool results_table --config "${exp}/results${part}.yaml" --output "${results}" \
         --plot "${exp}/wer${part}.png" --speed_plot "${exp}/speed${part}.png"
+}
+entries_if_run() { # rows
+    local row
+    for row in "$@"; do ! was_run "${row}" || entry "${row}"; done
 }
 was_run() { # row, for any seed
     local seed="*"
