@@ -35,11 +35,13 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         level=args.log_level,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    from espnet_llm_plugin.inference.decode import decode, decode_with_espnet
-
     if args.search == "espnet":
+        from espnet_llm_plugin.inference.espnet_search import decode_with_espnet
+
         decode_with_espnet(args)
     else:
+        from espnet_llm_plugin.inference.decode import decode
+
         decode(args)
 
 

@@ -2,7 +2,8 @@
 
 What the decoder has learned of the text alone, to be subtracted where a language model is added:
 ``log P_AED + lm_weight * log P_LM - ilm_weight * log P_ILM``. [Internal LM estimation, arXiv
-2011.01991; zero context, arXiv 2104.05544]
+2011.01991; zero context, arXiv 2104.05544] For n-best lists (``rescore``) and for ESPnet's beam
+search (``asr_inference --search espnet``).
 
 B sequences, L tokens, N prefixes, V tokens of the list, D encoder width.
 """

@@ -10,8 +10,6 @@ import torch
 from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from tqdm import tqdm
 
-from espnet_llm_plugin import registry
-from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.fusion.ngram import NgramLM
 from espnet_llm_plugin.inference.batches import Utterance, by_length
@@ -19,8 +17,6 @@ from espnet_llm_plugin.inference.fusion_options import fusion_options
 from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
 from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import (
-    add_model_options,
-    add_search_options,
     bonus_of,
     changed_options,
     device_of,
@@ -30,37 +26,12 @@ from espnet_llm_plugin.inference.options import (
 )
 from espnet_llm_plugin.inference.recognizer import Recognizer, default_scales
 from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer, default_ctc_weight
-from espnet_llm_plugin.inference.speech_llm_options import (
-    add_speech_llm_options,
-    speech_llm_options,
-)
+from espnet_llm_plugin.inference.speech_llm_options import speech_llm_options
 from espnet_llm_plugin.inference.streaming import set_chunk_ms
 from espnet_llm_plugin.inference.utterances import Utterances
 from espnet_llm_plugin.inference.writer import ResultWriter
 
 AnyRecognizer = Union[Recognizer, SpeechLLMRecognizer]
-
-
-def decode_with_espnet(args: argparse.Namespace) -> None:
-    """Run ESPnet's own inference with ESPnet's options.
-
-    Raises:
-        UserError: One of our options is set, which ESPnet would not see.
-    """
-    ours = argparse.ArgumentParser()
-    add_model_options(ours)
-    add_search_options(ours)
-    add_speech_llm_options(ours)
-    changed = [name for name in changed_options(args, ours) if name != "search"]
-    if changed:
-        raise UserError(
-            f"--search espnet knows no --{changed[0]}; scales of a factorized_transducer are set "
-            "in the decoder_conf of its config.yaml"
-        )
-    registry.register()
-    names = [action.dest for action in espnet_parser()._actions]
-    options = {name: getattr(args, name) for name in names if name not in ("help", "config")}
-    import_quietly("espnet2.bin.asr_inference").inference(**options)
 
 
 def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None) -> dict[str, Any]:

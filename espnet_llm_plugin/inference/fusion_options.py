@@ -73,7 +73,8 @@ def add_fusion_options(parser: argparse.ArgumentParser, weights: bool = True) ->
     group.add_argument(
         "--fusion_llm",
         help="LLM (directory or hub id) that scores whole words in its own vocabulary, with "
-        "--lm_weight, instead of an LM over the ASR tokens; for --fusion delayed or rescore",
+        "--lm_weight, instead of an LM over the ASR tokens; for --fusion delayed or rescore, and "
+        "for --search espnet",
     )
     group.add_argument(
         "--fusion_llm_dtype",

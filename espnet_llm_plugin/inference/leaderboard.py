@@ -106,10 +106,11 @@ class Decoder:
     def _decode(self, args: argparse.Namespace) -> float:
         """Seconds that it took."""
         from espnet_llm_plugin.inference import decode as module
+        from espnet_llm_plugin.inference.espnet_search import decode_with_espnet
 
         if args.search == "espnet":  # loads the model for every test set, which counts as its time
             start = time.perf_counter()
-            module.decode_with_espnet(args)
+            decode_with_espnet(args)
             return time.perf_counter() - start
         if self._recognizer is None:
             self._recognizer = module.build_recognizer(args)

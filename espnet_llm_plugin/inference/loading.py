@@ -203,8 +203,14 @@ def load_ilm(
     """The bigram of ``--ilm bigram``; None for the model's own estimate.
 
     Raises:
-        UserError: One of the two options without the other, or a bigram of other tokens.
+        UserError: One of the two options without the other, a bigram of other tokens, or the
+            internal LM of an attention decoder, which our searches do not decode.
     """
+    if ilm == "zero_context":
+        raise UserError(
+            "--ilm zero_context is of an attention decoder, decoded by `asr_inference --search "
+            "espnet`; an RNN-T has zero_encoder and bigram"
+        )
     if ilm != "bigram":
         if ilm_file:
             raise UserError(f"--ilm_file {ilm_file} needs --ilm bigram")

@@ -127,7 +127,7 @@ def add_search_options(
         type=float,
         default=0.0,
         help="Weight of the internal LM, which is subtracted: the predictor LM of a "
-        "factorized_transducer, the estimate of --ilm of an RNN-T",
+        "factorized_transducer, the estimate of --ilm of an RNN-T or attention decoder",
     )
     add_ilm_options(group)
     group.add_argument(
@@ -143,12 +143,13 @@ def add_search_options(
 
 
 def add_ilm_options(group: Any) -> None:
-    """Which internal LM of an RNN-T is subtracted; ``group``: of options."""
+    """Which internal LM is subtracted; ``group``: of options."""
     group.add_argument(
         "--ilm",
-        choices=["zero_encoder", "bigram"],
+        choices=["zero_encoder", "bigram", "zero_context"],
         default="zero_encoder",
-        help="Internal LM of an RNN-T: its own estimate without encoder, or a bigram of its labels",
+        help="Internal LM of an RNN-T: its own estimate without encoder, or a bigram of its "
+        "labels; of an attention decoder (--search espnet): zero_context",
     )
     group.add_argument("--ilm_file", help="Bigram written by estimate_bigram")
 

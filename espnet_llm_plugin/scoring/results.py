@@ -68,7 +68,7 @@ from espnet_llm_plugin.scoring.units import CER, TER, WER
 from espnet_llm_plugin.scoring.wer import Summary
 
 SCALES = ("alpha", "beta", "ctc_weight", "textlm_weight", "label_bonus", "penalty", "lm_weight")
-SCALES += ("ilm_weight", "prior_weight", "length_norm")
+SCALES += ("ilm_weight", "prior_weight", "length_bonus", "length_norm")
 
 _TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
 _TOP_KEYS |= {"utt2lang"}

@@ -22,7 +22,7 @@ UNKNOWN = "-"
 NOT_RUN = "not run"
 _SCALE_NAMES = {"alpha": "alpha", "beta": "beta", "label_bonus": "bonus", "lm_weight": "LM"}
 _SCALE_NAMES |= {"ilm_weight": "internal LM", "ctc_weight": "CTC", "penalty": "bonus"}
-_SCALE_NAMES |= {"prior_weight": "prior"}
+_SCALE_NAMES |= {"prior_weight": "prior", "length_bonus": "bonus"}
 _SCALE_NAMES |= {"textlm_weight": "LLM without audio", "length_norm": "length norm"}
 
 

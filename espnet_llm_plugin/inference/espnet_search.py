@@ -1,0 +1,170 @@
+"""ESPnet's own decoding, with scorers of this package added: the body of ``--search espnet``."""
+
+import argparse
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Mapping
+
+from espnet_llm_plugin import registry
+from espnet_llm_plugin.compat import import_quietly
+from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.loading import TextConverter
+from espnet_llm_plugin.inference.options import (
+    add_model_options,
+    add_search_options,
+    changed_options,
+    espnet_parser,
+)
+from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
+
+# Our options that mean something in ESPnet's label-synchronous search.
+_LLM = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
+_ILM = ("ilm", "ilm_weight")
+
+Scorers = dict[str, tuple[Any, float]]  # name -> scorer, its weight
+
+
+def decode_with_espnet(args: argparse.Namespace) -> None:
+    """Run ESPnet's own inference with ESPnet's options, and with what it lacks.
+
+    ``--fusion_llm`` adds an LLM in its own vocabulary, which scores whole words with
+    ``--lm_weight``; ``--ilm zero_context`` the internal LM of an attention decoder, which is
+    subtracted with ``--ilm_weight``.
+
+    Raises:
+        UserError: Another of our options is set, which ESPnet would not see, or options or models
+            that do not go together.
+    """
+    check_options(args)
+    registry.register()
+    names = [action.dest for action in espnet_parser()._actions]
+    options = {name: getattr(args, name) for name in names if name not in ("help", "config")}
+    module = import_quietly("espnet2.bin.asr_inference")
+    if not args.fusion_llm and args.ilm != "zero_context":
+        module.inference(**options)
+        return
+    with with_scorers(module, lambda speech2text: scorers_of(args, speech2text)):
+        module.inference(**options)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options of ours that this search does not know.
+
+    Raises:
+        UserError: Names the option and why.
+    """
+    ours = argparse.ArgumentParser()
+    add_model_options(ours)
+    add_search_options(ours)
+    add_speech_llm_options(ours)
+    changed = [name for name in changed_options(args, ours) if name != "search"]
+    for name in changed:
+        value = getattr(args, name)
+        if name in _LLM:
+            if not args.fusion_llm:
+                raise UserError(f"--{name} {value}: with --search espnet it needs --fusion_llm")
+        elif name in _ILM:
+            if args.ilm != "zero_context":
+                raise UserError(
+                    f"--{name} {value}: with --search espnet an internal LM is that of an "
+                    "attention decoder: --ilm zero_context"
+                )
+        else:
+            raise UserError(
+                f"--search espnet knows no --{name}; scales of a factorized_transducer are set in "
+                "the decoder_conf of its config.yaml"
+            )
+    if args.fusion_llm and args.lm_train_config:
+        raise UserError(
+            f"--fusion_llm {args.fusion_llm}: --lm_train_config {args.lm_train_config} is another "
+            "LM: give one"
+        )
+
+
+def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
+    """The scorers that options ask for, for ESPnet's ``Speech2Text``.
+
+    Raises:
+        UserError: An LLM without a vocabulary of its own, tokens without known word ends, or a
+            model without attention decoder.
+    """
+    found: Scorers = {}
+    model, train_args = speech2text.asr_model, speech2text.asr_train_args
+    if args.fusion_llm:
+        from espnet_llm_plugin.fusion.word_lm import WordLM
+        from espnet_llm_plugin.fusion.word_scorer import WordScorer
+        from espnet_llm_plugin.fusion.words import Spelling
+
+        text = TextConverter(
+            model.token_list,
+            args.token_type or train_args.token_type,
+            args.bpemodel or train_args.bpemodel,
+        )
+        llm = WordLM(
+            args.fusion_llm,
+            end=args.lm_eos or "eos",
+            lowercase=args.lm_lowercase,
+            temperature=args.lm_temperature,
+            device=speech2text.device,
+            dtype=args.fusion_llm_dtype,
+        )
+        spelling = Spelling(model.token_list, text.token_type, text.text)
+        scorer = WordScorer(llm, spelling, len(model.token_list))
+        found["lm"] = (scorer, args.lm_weight)
+    if args.ilm == "zero_context":
+        from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
+
+        found["ilm"] = (ZeroContextILM.of(model), -args.ilm_weight)
+    return found
+
+
+@contextmanager
+def with_scorers(module: Any, scorers: Callable[[Any], Mapping]) -> Iterator[None]:
+    """Within it ESPnet's ``Speech2Text.from_pretrained`` makes searches that have more scorers.
+
+    ``inference`` of ESPnet takes no scorers: this is the place where it builds the search.
+    """
+    cls = module.Speech2Text
+    build = cls.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        speech2text = build(*args, **kwargs)
+        speech2text.beam_search = extended(speech2text, scorers(speech2text))
+        return speech2text
+
+    cls.from_pretrained = staticmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        cls.from_pretrained = staticmethod(build)
+
+
+def extended(speech2text: Any, added: Mapping) -> Any:
+    """The label-synchronous search of ``speech2text`` with more scorers.
+
+    Raises:
+        UserError: Another kind of search.
+    """
+    import torch
+    from espnet.nets.batch_beam_search import BatchBeamSearch
+    from espnet.nets.beam_search import BeamSearch
+
+    search = speech2text.beam_search
+    if type(search) not in (BeamSearch, BatchBeamSearch):
+        raise UserError(
+            "--fusion_llm and --ilm zero_context belong to ESPnet's label-synchronous search of "
+            f"CTC and attention models, not to {type(search or speech2text).__name__}: leave out "
+            "time_sync, streaming and partial_ar; transducers have `--search ours`"
+        )
+    new = type(search)(
+        scorers={**search.scorers, **{name: scorer for name, (scorer, _) in added.items()}},
+        weights={**search.weights, **{name: weight for name, (_, weight) in added.items()}},
+        beam_size=search.beam_size,
+        vocab_size=search.n_vocab,
+        sos=search.sos,
+        eos=search.eos,
+        token_list=search.token_list,
+        pre_beam_score_key=search.pre_beam_score_key,
+        hyp_primer=search.hyp_primer,
+        normalize_length=search.normalize_length,
+    )
+    return new.to(device=speech2text.device, dtype=getattr(torch, speech2text.dtype)).eval()
