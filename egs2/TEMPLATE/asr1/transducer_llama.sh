@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # Sourced by run.sh of LibriSpeech, MLS, Indic and Loquacious: the steps of Transducer-Llama (arXiv
-# 2412.16464), and what they share with those of speech LLMs (speech_llm.sh) and of CTC + AED (aed.sh).
+# 2412.16464), and what they share with those of speech LLMs (speech_llm.sh), of CTC + AED (aed.sh) and
+# of combinations with an LLM (combination.sh).
 #
 #   defaults CORPUS      what the user did not give, according to --mini
 #   data                 stages 1-5
 #   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
-#   system               what --system names: transducer_llama, speech_llm or aed
+#   system               what --system names: transducer_llama, speech_llm, aed or combination
 #   transducer_llama     CTC model -> FT with a weak LM -> with --llm: the LLM adapted to the pieces,
 #                        fine-tuned and swapped in -> with --finetune_config: trained further so
 #
@@ -20,15 +21,17 @@ template=$(dirname "${BASH_SOURCE[0]}")
 . "${template}/speech_llm.sh"
 # shellcheck source-path=SCRIPTDIR
 . "${template}/aed.sh"
+# shellcheck source-path=SCRIPTDIR
+. "${template}/combination.sh"
 common=() forwarded=()
 # shellcheck disable=SC2034  # small_llama and num_pieces are for run.sh
 system=transducer units="" small_llama=train_llama num_pieces=5000
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
 ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
-finetune_model=valid.loss.ave.pth
+finetune_model=valid.loss.ave.pth aed_config="" combinations=""
 # For read_options, beside the recipe's own.
 shared_options="mini system units llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
-shared_options+=" tune_config inference_config finetune_config finetune_model"
+shared_options+=" tune_config inference_config finetune_config finetune_model aed_config combinations"
 
 usage() {
     comment_of run.sh
@@ -43,7 +46,8 @@ defaults() { # name of the corpus
         transducer) ;;
         speech_llm) small_llama=train_copy_llama && speech_llm_defaults "$1" ;;
         aed) aed_defaults "$1" ;;
-        *) die "--system is '${system}'; expected transducer, speech_llm or aed" ;;
+        combination) combination_defaults "$1" ;;
+        *) die "--system is '${system}'; expected transducer, speech_llm, aed or combination" ;;
     esac
     if [ "${mini}" = true ]; then
         : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
@@ -71,6 +75,30 @@ data() { # options of local/data.sh
 
 tag_of() { basename "${1%.yaml}"; }
 
+# What asr_llm.sh gets for an option.
+option() { # name, its default
+    local words=("${common[@]}" "${forwarded[@]}") n name value=$2
+    for ((n = 0; n < ${#words[@]}; n += 2)); do
+        name=${words[n]#--}
+        [ "${name//-/_}" != "$1" ] || value=${words[n + 1]}
+    done
+    echo "${value}"
+}
+# Whether stage 12 or 13 is run.
+asked_for() { # stage
+    [ "$(option stage 1)" -le "$1" ] && [ "$(option stop_stage 13)" -ge "$1" ] &&
+        [ "$(option skip_eval false)" = false ]
+}
+tool() { "$(option python python3)" -m "espnet_llm_plugin.bin.$1" "${@:2}"; }
+decoding_gpus() { if [ "$(option ngpu 0)" -gt 0 ]; then echo 1; else echo 0; fi; }
+training_set() {
+    if [ -n "$(option speed_perturb_factors "")" ]; then
+        echo "$(option train_set train)_sp"
+    else
+        option train_set train
+    fi
+}
+
 lm() { # tag, options
     recipe --skip_data_prep true --use_lm true --lm_tag "$1" --lm_train_text "${lm_train_text}" "${@:2}"
 }
@@ -90,8 +118,7 @@ asr() { # configuration, options
         --asr_args "${asr_args}" --inference_config "${inference_config}" --inference_tag decode "${@:2}"
 }
 
-# A further system, e.g. `combination` of a CTC model with an LLM, is a file like aed.sh that defines
-# <name>_defaults and <name>, and <name> in `defaults`.
+# A further system is a file like aed.sh that defines <name>_defaults and <name>, and <name> in `defaults`.
 system() {
     case ${system} in
         transducer) transducer_llama ;;

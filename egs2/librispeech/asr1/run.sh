@@ -13,6 +13,7 @@
 #   --system speech_llm      a speech LLM in place of transducers: --asr_config of conf/speech_llm, over
 #   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
 #   --system aed             CTC + attention decoder, trained and decoded by ESPnet itself
+#   --system combination     CTC, and CTC + AED (--aed_config), with --llm in every way, in one table
 #   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #

@@ -10,6 +10,7 @@
 #   --system transducer      CTC model, factorized transducer, with --llm: the LLM swapped in
 #   --system speech_llm      CTC model, speech LLM with --llm, decoded alone and jointly with CTC
 #   --system aed             CTC + attention decoder, by ESPnet itself
+#   --system combination     CTC, and CTC + AED (--aed_config), with --llm in every way, in one table
 #   --llm LLM            Hugging Face directory or hub id; adapted to the pieces, fine-tuned on
 #   --lm_text FILE       sentences, one a line (librispeech-lm-norm.txt.gz); `none`: the transcripts
 #   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;

@@ -2,6 +2,8 @@
 # Sourced by run.sh: LLMs in their own vocabulary, and the ways of local/combination_rows.txt to combine
 # an LLM with a CTC model or a transducer.
 # shellcheck disable=SC2154  # run.sh sets the options, models.sh the functions
+# shellcheck source-path=SCRIPTDIR/..
+. ../../TEMPLATE/asr1/combination.sh
 
 # An LLM in its own vocabulary. native: fine-tuned on the same text as the LLM in the pieces.
 own_llm() { # name: native or raw
@@ -18,29 +20,17 @@ train_own_llm() { # name
 estimate_prior() { # directory of a CTC model
     (
         flock 9
-        [ -f "$1/prior.json" ] || tool estimate_prior --asr_train_config "$1/config.yaml" \
-            --asr_model_file "$1/valid.loss.ave.pth" --output "$1/prior.json" \
-            --data_path_and_name_and_type "dump/${name}/raw/train/wav.scp,speech,sound"
+        estimate_prior_of "$1" "dump/${name}/raw/train"
     ) 9> "exp/locks/${name}_$(basename "$(dirname "$1")")_prior"
 }
 # Lines of a configuration of tuning or decoding that say how a row combines.
 fusion_settings() { # row
-    local use word
+    local use
     use=$(field "$1" use)
     if [[ ${use} = llm* ]]; then
         echo "fusion_llm: $(own_llm "${use#* }")"
         # it was trained on whole stories: an utterance is no end for it
         [ "${use}" != "llm raw" ] || echo "lm_eos: none"
     fi
-    for word in $(field "$1" scales); do
-        case ${word} in
-            tuned | label) ;;
-            rescore) echo "fusion: rescore" ;;
-            delayed=*) printf 'fusion: delayed\nfusion_interval: %d\n' "${word#*=}" ;;
-            shortest | every_word) printf 'fusion: delayed\nfusion_policy: %s\n' "${word}" ;;
-            prior) echo "prior_file: $(place "$(field "$1" model)")/asr_$(field "$1" model)/prior.json" ;;
-            beam=*) echo "beam_size: ${word#*=}" ;;
-            *) die "local/combination_rows.txt: row $1 has an unknown word '${word}'" ;;
-        esac
-    done
+    fusion_lines "$(field "$1" scales)" "$(place "$(field "$1" model)")/asr_$(field "$1" model)/prior.json"
 }

@@ -1,0 +1,210 @@
+# shellcheck shell=bash
+# Sourced by transducer_llama.sh, for `--system combination` of LibriSpeech and Loquacious: CTC, or CTC
+# and an attention decoder, combined with an LLM in the ways of arXiv 2603.15045. egs2/stories shares
+# the first two functions.
+#
+#   fusion_lines HOW PRIOR          lines of a configuration for the words of a row
+#   estimate_prior_of MODEL SET     the prior of a CTC model, once
+#   combination_defaults CORPUS     what the user did not give, according to --mini
+#   combination                     CTC model, its prior; the LLM fine-tuned in its own tokens and in
+#                                   the pieces; CTC + AED -> rows of combination_rows.txt, each tuned
+#                                   on the valid set -> one table, <expdir>/RESULTS_combination.md
+# shellcheck disable=SC2034,SC2154  # transducer_llama.sh has the options and functions
+
+fusion_lines() { # how, file of the prior
+    local word
+    for word in $1; do
+        case ${word} in
+            tuned | label) ;;
+            rescore) echo "fusion: rescore" ;;
+            delayed=*) printf 'fusion: delayed\nfusion_interval: %d\n' "${word#*=}" ;;
+            shortest | every_word) printf 'fusion: delayed\nfusion_policy: %s\n' "${word}" ;;
+            prior) echo "prior_file: $2" ;;
+            beam=*) echo "beam_size: ${word#*=}" ;;
+            *) die "a row of combinations has an unknown word '${word}' in '$1'" ;;
+        esac
+    done
+}
+
+estimate_prior_of() { # directory of the model, data directory
+    [ -f "$1/prior.json" ] || tool estimate_prior --asr_train_config "$1/config.yaml" \
+        --asr_model_file "$1/valid.loss.ave.pth" --output "$1/prior.json" \
+        --data_path_and_name_and_type "$2/wav.scp,speech,sound" "${@:3}"
+}
+
+combination_defaults() { # name of the corpus
+    num_pieces=10000
+    if [ "${mini}" = true ]; then
+        : "${aed_config:=conf/$1/mini/train_aed.yaml}"
+        : "${tune_config:=conf/$1/mini/tune_combination.yaml}"
+    elif [ "$1" = loquacious ]; then
+        : "${ctc_config:=conf/loquacious/train_ctc.yaml}" "${aed_config:=conf/loquacious/train_aed.yaml}"
+    elif [ "$1" = librispeech ]; then
+        : "${ctc_config:=conf/speech_llm/train_ctc_60ms.yaml}"
+        : "${aed_config:=conf/ctc/train_aed_conformer.yaml}"
+    else
+        die "--system combination has no configurations for $1; give another --system"
+    fi
+    : "${tune_config:=conf/librispeech/tune_combination.yaml}"
+    : "${inference_config:=conf/librispeech/decode_combination.yaml}"
+    : "${combinations:=all}"
+    select_combinations > /dev/null
+}
+
+# --- rows -----------------------------------------------------------------------------------------
+row_names() { awk -F ' *[|] *' '!/^#/ {print $1}' "${template}/combination_rows.txt"; }
+cell() { # row, column: 2 model, 3 LLM, 4 how, 5 title
+    awk -F ' *[|] *' -v row="$1" -v column="$2" '$1 == row {print $column}' \
+        "${template}/combination_rows.txt"
+}
+# Those of --combinations; without --aed_config none of aed.
+select_combinations() {
+    local row names=${combinations}
+    [ "${names}" != all ] || names=$(row_names)
+    for row in ${names}; do
+        row_names | grep -qx -- "${row}" ||
+            die "--combinations has '${row}'; expected all, or some of $(row_names | paste -sd ' ')"
+        [ "${aed_config}" = none ] && [ "$(cell "${row}" 2)" = aed ] || echo "${row}"
+    done
+}
+# A configuration with more lines.
+with_lines() { # configuration, name of the new one, lines
+    local target=${expdir}/conf/$2.yaml
+    mkdir -p "${expdir}/conf"
+    { cat "$1" && echo "$3"; } > "${target}.partial"
+    mv "${target}.partial" "${target}"
+    echo "${target}"
+}
+
+# --- models and decodings -------------------------------------------------------------------------
+combination() {
+    [ -n "${llm}" ] || die "--system combination needs --llm"
+    local tag=${llm_tag:-$(basename "${llm}")} native=${llm} row rows
+    local ctc aed pieces=${expdir}/lm_${tag} valid
+    ctc=${expdir}/asr_$(tag_of "${ctc_config}")
+    aed=${expdir}/asr_$(tag_of "${aed_config}")
+    valid=${dumpdir}/raw/$(option valid_set dev)
+    rows=$(select_combinations)
+    asr "${ctc_config}" --skip_eval true
+    lm "${tag}" --llm "${llm}" --lm_config "${lm_config#none}"
+    if [ "${lm_config}" != none ]; then
+        lm "${tag}_native" --llm "${llm}" --lm_config "${lm_config}" --lm_token_type hugging_face
+        native=${expdir}/lm_${tag}_native/llm
+    fi
+    if [[ ${rows} = *aed* ]]; then
+        asr_aed --inference_tag decode_joint --eval_valid_set true \
+            --inference_config conf/librispeech/decode_aed_joint.yaml
+    fi
+    if [[ ${rows} = *prior* ]] && asked_for 12; then
+        estimate_prior_of "${ctc}" "${dumpdir}/raw/$(training_set)" --ngpu "$(decoding_gpus)"
+    fi
+    for row in ${rows}; do
+        [ "${row}" = aed ] || "combine_$(cell "${row}" 2)" "${row}"
+    done
+    ! asked_for 13 || combination_table
+}
+
+asr_aed() { # options
+    asr "${aed_config}" --inference_asr_model valid.acc.ave.pth "$@"
+}
+
+combine_ctc() { # row
+    local options=() lines
+    lines=$(fusion_lines "$(cell "$1" 4)" "${ctc}/prior.json")
+    case $(cell "$1" 3) in
+        native) lines+=$'\n'"fusion_llm: ${native}" ;;
+        pieces) options=(--use_lm true --lm_exp "${pieces}") ;;
+    esac
+    asr "${ctc_config}" --skip_train true --inference_tag "combine_$1" "${options[@]}" \
+        --tune_tool tune_fusion --tune_config "$(with_lines "${tune_config}" "tune_$1" "${lines}")"
+}
+
+# By ESPnet's search, which nothing tunes: the weights are fitted to the n-best lists of the valid set
+# that CTC + AED has written, and then used in one pass.
+combine_aed() { # row
+    local options=() lines="" fit=() weights=${aed}/combine_$1/tune lists
+    lists=${aed}/decode_joint/$(basename "${valid}")
+    case $(cell "$1" 3) in
+        native) fit=(--llm "${native}") lines="fusion_llm: ${native}" ;;
+        pieces) fit=(--llm "${pieces}/llm") options=(--use_lm true --lm_exp "${pieces}") ;;
+    esac
+    if [[ $(cell "$1" 4) = *ilm* ]]; then
+        lines+=$'\n'"ilm: zero_context"
+        fit+=(--ilm zero_context --asr_train_config "${aed}/config.yaml"
+            --asr_model_file "${aed}/valid.acc.ave.pth")
+    fi
+    if asked_for 12 && ! [ "${weights}/best.yaml" -nt "${lists}/.done" ]; then
+        tool rescore --nbest_dir "${lists}" --text "${valid}/text" "${fit[@]}" \
+            --config conf/librispeech/rescore.yaml --ngpu "$(decoding_gpus)" --output_dir "${weights}"
+    fi
+    # names of the search's options; a weight of nothing is left out
+    [ ! -f "${weights}/best.yaml" ] || lines+=$'\n'$(
+        sed -nE -e '/^(lm|ilm)_weight: [^0]|^(lm|ilm)_weight: 0\.[0-9]*[1-9]/p' \
+            -e 's/^length_bonus:/penalty:/p' "${weights}/best.yaml"
+    )
+    asr_aed --skip_train true --inference_tag "combine_$1" "${options[@]}" --inference_config \
+        "$(with_lines conf/librispeech/decode_aed_joint.yaml "decode_$1" "${lines}")"
+}
+
+# --- the table ------------------------------------------------------------------------------------
+sets_of() { # decoding directory
+    local test_set
+    for test_set in $(option test_sets test); do echo "${test_set}: $1/${test_set}"; done | paste -sd , |
+        sed 's/,/, /g; s/.*/{&}/'
+}
+times_of() { # directories of models
+    local directory
+    for directory in "$@"; do echo "${directory}/time.json"; done | paste -sd ,
+}
+entry_of() { # row
+    local decoded models=() lm=""
+    case $(cell "$1" 2) in ctc) models=("${ctc}") ;; aed) models=("${aed}") ;; esac
+    decoded=${models[0]}/combine_$1
+    [ "$1" != aed ] || decoded=${aed}/decode_joint
+    case $(cell "$1" 3) in
+        native) lm=${native%/llm} ;;
+        pieces) lm=${pieces} ;;
+    esac
+    [ -z "${lm}" ] || [ ! -f "${lm}/time.json" ] || models+=("${lm}")
+    cat << ENTRY
+-   name: "$(cell "$1" 5)"
+    test: $(sets_of "${decoded}")
+    scales: ${decoded}/tune/scales.json
+    rtf: ${decoded}/$(option test_sets test | cut -d ' ' -f 1)/logdir/output.*/rtf.json
+    time: [$(times_of "${models[@]}")]
+ENTRY
+    [ -z "${lm}" ] || echo "    perplexity: ${lm}/perplexity_test/words_tuned.json"
+}
+# Speech LLMs of `--system speech_llm` that have been scored.
+speech_llms() {
+    local config directory how
+    for config in "${expdir}"/asr_*/config.yaml; do
+        grep -qs '^model: speech_llm$' "${config}" || continue
+        directory=$(dirname "${config}")
+        for how in alone joint; do
+            [ -f "${directory}/decode_${how}/$(option test_sets test | cut -d ' ' -f 1)/scores.json" ] ||
+                continue
+            cat << ENTRY
+-   name: "speech LLM ${directory##*/asr_}, ${how/joint/jointly with CTC}"
+    test: $(sets_of "${directory}/decode_${how}")
+    rtf: ${directory}/decode_${how}/$(option test_sets test | cut -d ' ' -f 1)/logdir/output.*/rtf.json
+    time: [$(times_of "${directory}")]
+ENTRY
+        done
+    done
+}
+combination_table() {
+    local row
+    {
+        echo "command: ./run.sh --system combination$([ "${mini}" = false ] || echo " --mini true")"
+        echo 'baseline: [CTC, "CTC + LLM in the pieces, label-wise"]'
+        echo "unfinished: true"
+        [ "$(decoding_gpus)" = 1 ] || echo "cpu_time: true"
+        echo "systems:"
+        for row in $(combinations=all select_combinations); do entry_of "${row}"; done
+        speech_llms
+    } > "${expdir}/results_combination.yaml"
+    tool results_table --config "${expdir}/results_combination.yaml" \
+        --output "${expdir}/RESULTS_combination.md" --plot "${expdir}/wer_combination.png" \
+        --speed_plot "${expdir}/speed_combination.png"
+}
