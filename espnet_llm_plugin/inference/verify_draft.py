@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -29,12 +30,14 @@ from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import encode
 from espnet_llm_plugin.inference.utterances import Utterances
 from espnet_llm_plugin.llm.directory import check_llm_tokens
+from espnet_llm_plugin.scoring.plots import plot_thresholds
 from espnet_llm_plugin.scoring.table import plain
 from espnet_llm_plugin.transducer.base_model import AbsTransducerModel
 from espnet_llm_plugin.transducer.scorer import build_scorer
 from espnet_llm_plugin.transducer.search import TransducerSearch
 
 HEADER = ["threshold", "WER", "ins", "del", "sub", "opened %", "LM calls", "LM tokens", "seconds"]
+HEADER += ["RTF"]  # of draft and verification together
 
 
 class Drafts(NamedTuple):
@@ -78,6 +81,8 @@ def verify_draft(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
     text = TextConverter(tokens, train_args.token_type, args.bpemodel or train_args.bpemodel)
     drafts = make_drafts(args, model, train_args, tokens)
+    with torch.inference_mode():  # loads an LLM, which is not to be counted as verification
+        lm(torch.tensor([[len(tokens) - 1]], device=device), None)
 
     rows = []
     output_dir = Path(args.output_dir)
@@ -116,6 +121,12 @@ def verify_draft(args: argparse.Namespace) -> list[dict[str, Any]]:
     listing = plain(HEADER, [_cells(row) for row in rows])
     with atomic_write(output_dir / "table.txt") as stream:
         stream.write(listing)
+    if references is not None and len(rows) > 1 and drafts.audio_seconds:
+        plot_thresholds(
+            [(row["rtf"], row["wer"], _name(row)) for row in rows],
+            drafts.seconds / drafts.audio_seconds,
+            output_dir / "speed.png",
+        )
     logging.info(
         f"drafts of {len(drafts.slots)} utterances in {drafts.seconds:.1f} s; seconds of the "
         f"verification:\n{listing}"
@@ -253,6 +264,9 @@ def _row(
         "lm_calls": verifier.lm_calls,
         "lm_tokens": verifier.lm_tokens,
         "seconds": round(seconds, 3),
+        "rtf": round((drafts.seconds + seconds) / drafts.audio_seconds, 5)
+        if drafts.audio_seconds
+        else None,  # features
     }
     if references is not None:
         without = [utt for utt in hypotheses if utt not in references]
@@ -272,15 +286,21 @@ def _row(
     return row
 
 
+def _name(row: dict[str, Any]) -> str:
+    threshold = float(row["threshold"])
+    return "all" if threshold == -math.inf else f"{threshold:g}"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     scored = "wer" in row
     names = ("insertions", "deletions", "substitutions")
     return [
-        f"{float(row['threshold']):g}",
+        _name(row),
         f"{row['wer']:.2f}" if scored else "-",
         *(str(row[name]) if scored else "-" for name in names),
         f"{100 * row['opened'] / max(1, row['slots']):.1f}",
         str(row["lm_calls"]),
         str(row["lm_tokens"]),
         f"{row['seconds']:.2f}",
+        "-" if row["rtf"] is None else f"{row['rtf']:.4f}",
     ]

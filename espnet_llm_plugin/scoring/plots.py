@@ -1,8 +1,8 @@
-"""Pictures of the systems: error rates, and error rates against speed."""
+"""Pictures of systems: error rates, and error rates against speed."""
 
 import io
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Sequence, Union
 
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
@@ -91,6 +91,34 @@ def plot_speed(results: Results, path: Union[str, Path]) -> None:
     axes.set_xlabel("real-time factor")
     axes.set_ylabel("WER in %")
     axes.set_title(test, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_thresholds(
+    points: Sequence[tuple[float, float, str]], draft: float, path: Union[str, Path]
+) -> None:
+    """Draw the WER of verified drafts against their real-time factor; write a PNG.
+
+    Args:
+        points: Real-time factor, WER in % and threshold, in the order of the thresholds.
+        draft: Real-time factor of the drafts alone.
+        path: To write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figure = _figure(figsize=(7, 4.5), dpi=150)
+    axes = figure.subplots()
+    axes.plot([rtf for rtf, _, _ in points], [wer for _, wer, _ in points], "o-", color="C0")
+    for rtf, wer, name in points:
+        axes.annotate(name, (rtf, wer), (5, 4), textcoords="offset points", fontsize=8)
+    axes.axvline(draft, color="black", linestyle=":", linewidth=1, label="draft alone")
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("real-time factor, draft and verification")
+    axes.set_ylabel("WER in %")
+    axes.set_title("threshold of the disagreement", loc="left", fontsize=9)
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

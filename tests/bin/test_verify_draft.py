@@ -64,6 +64,13 @@ def test_sweep(files, tmp_path, lm):
     assert all(row["deletions"] >= 2 for row in rows)  # utt-d
     table = (tmp_path / "out" / "table.txt").read_text().splitlines()
     assert table[0].split()[:2] == ["threshold", "WER"] and len(table) == 5
+    assert [line.split()[0] for line in table[2:]] == ["inf", "1", "all"]
+    content = json.loads((tmp_path / "out" / "verification.json").read_text())
+    for row, line in zip(rows, table[2:]):
+        expected = (content["draft_seconds"] + row["seconds"]) / content["audio_seconds"]
+        assert row["rtf"] == pytest.approx(expected, abs=1e-3)
+        assert float(line.split()[-1]) == pytest.approx(row["rtf"], abs=1e-4)
+    assert (tmp_path / "out" / "speed.png").read_bytes()[:4] == b"\x89PNG"
     totals = [
         sum(entries[0].score for entries in read_nbest_dir(tmp_path / "out" / name).values())
         for name in ("threshold_inf", "threshold_-inf")
