@@ -79,7 +79,7 @@ with_lines() { # configuration, name of the new one, lines
 # --- models and decodings -------------------------------------------------------------------------
 combination() {
     [ -n "${llm}" ] || die "--system combination needs --llm"
-    local tag=${llm_tag:-$(basename "${llm}")} native=${llm} row rows
+    local tag=${llm_tag:-$(basename "${llm}")} native row rows
     local ctc aed pieces=${expdir}/lm_${tag} valid
     ctc=${expdir}/asr_$(tag_of "${ctc_config}")
     aed=${expdir}/asr_$(tag_of "${aed_config}")
@@ -87,6 +87,8 @@ combination() {
     rows=$(select_combinations)
     asr "${ctc_config}" --skip_eval true
     lm "${tag}" --llm "${llm}" --lm_config "${lm_config#none}"
+    [ "${llm_tag}" != small ] || [ ! -f "${llm}/config.json" ] || as_native # speech_llm.sh
+    native=${llm}
     if [ "${lm_config}" != none ]; then
         lm "${tag}_native" --llm "${llm}" --lm_config "${lm_config}" --lm_token_type hugging_face
         native=${expdir}/lm_${tag}_native/llm
