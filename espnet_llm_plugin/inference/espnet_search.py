@@ -1,13 +1,17 @@
 """ESPnet's own decoding, with scorers of this package added: the body of ``--search espnet``."""
 
 import argparse
+import json
+import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
+from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.inference.loading import TextConverter
+from espnet_llm_plugin.inference.loading import TextConverter, sample_rate
 from espnet_llm_plugin.inference.options import (
     add_model_options,
     add_search_options,
@@ -28,7 +32,7 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
 
     ``--fusion_llm`` adds an LLM in its own vocabulary, which scores whole words with
     ``--lm_weight``; ``--ilm zero_context`` the internal LM of an attention decoder, which is
-    subtracted with ``--ilm_weight``.
+    subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
 
     Raises:
         UserError: Another of our options is set, which ESPnet would not see, or options or models
@@ -39,11 +43,58 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     names = [action.dest for action in espnet_parser()._actions]
     options = {name: getattr(args, name) for name in names if name not in ("help", "config")}
     module = import_quietly("espnet2.bin.asr_inference")
-    if not args.fusion_llm and args.ilm != "zero_context":
+    made: list[TimedSpeech2Text] = []
+
+    def changed(speech2text: Any) -> TimedSpeech2Text:
+        added = scorers_of(args, speech2text)
+        if added:
+            speech2text.beam_search = extended(speech2text, added)
+        made.append(TimedSpeech2Text(speech2text))
+        return made[0]
+
+    with speech2text_changed(module, changed):
         module.inference(**options)
-        return
-    with with_scorers(module, lambda speech2text: scorers_of(args, speech2text)):
-        module.inference(**options)
+    with atomic_write(Path(args.output_dir) / "rtf.json") as stream:
+        stream.write(json.dumps(made[0].summary(), indent=2) + "\n")
+
+
+class TimedSpeech2Text:
+    """ESPnet's ``Speech2Text`` with a clock.
+
+    Args:
+        speech2text: It.
+    """
+
+    def __init__(self, speech2text: Any):
+        self._speech2text = speech2text
+        self._rate = sample_rate(speech2text.asr_train_args)
+        self._audio = self._seconds = self._cpu = 0.0
+        self._utterances = 0
+
+    def __call__(self, speech: Any, **more: Any) -> Any:
+        """What ESPnet's returns."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        results = self._speech2text(speech, **more)
+        self._seconds += time.perf_counter() - start
+        self._cpu += time.process_time() - cpu_start
+        self._utterances += 1
+        self._audio += len(speech) / self._rate if self._rate and speech.ndim == 1 else 0.0
+        return results
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._speech2text, name)
+
+    def summary(self) -> dict[str, Any]:
+        """Times, as in ``rtf.json`` of our searches; those of encoder and search together."""
+        audio = self._audio
+        return {
+            "audio_seconds": round(audio, 3),
+            "seconds": round(self._seconds, 3),
+            "cpu_seconds": round(self._cpu, 3),
+            "rtf": self._seconds / audio if audio else None,
+            "cpu_rtf": self._cpu / audio if audio else None,
+            "utterances": self._utterances,
+        }
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -118,18 +169,16 @@ def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
 
 
 @contextmanager
-def with_scorers(module: Any, scorers: Callable[[Any], Mapping]) -> Iterator[None]:
-    """Within it ESPnet's ``Speech2Text.from_pretrained`` makes searches that have more scorers.
+def speech2text_changed(module: Any, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it ESPnet's ``Speech2Text.from_pretrained`` returns what ``change`` makes of its own.
 
-    ``inference`` of ESPnet takes no scorers: this is the place where it builds the search.
+    ``inference`` of ESPnet takes no scorers and keeps no times: this is where it builds the search.
     """
     cls = module.Speech2Text
     build = cls.from_pretrained
 
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        speech2text = build(*args, **kwargs)
-        speech2text.beam_search = extended(speech2text, scorers(speech2text))
-        return speech2text
+        return change(build(*args, **kwargs))
 
     cls.from_pretrained = staticmethod(from_pretrained)
     try:

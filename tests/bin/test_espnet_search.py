@@ -1,5 +1,7 @@
 """`asr_inference --search espnet` with what ESPnet's search lacks, on a tiny attention model."""
 
+import json
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decode(files, tmp_path_factory):
-    def run(*options, kind="attention"):
+    def run(*options, kind="attention", read=None):
         directory = tmp_path_factory.mktemp("out")
         asr_inference.main(
             [
@@ -44,7 +46,7 @@ def decode(files, tmp_path_factory):
                 *("--beam_size", "5", "--nbest", "60", *map(str, options)),
             ]
         )
-        return read_nbest_dir(directory)
+        return read_nbest_dir(read or directory)
 
     return run
 
@@ -142,9 +144,14 @@ def test_joint_sum_of_all(files, decode, plain, ilm, kind):
         compare(plain, found, lambda *of: 0.05 * of_words(lm, *of) - 0.05 * of_labels(ilm, *of))
 
 
-def test_weights_of_zero_change_nothing(files, decode, plain):
+def test_weights_of_zero_change_nothing(files, decode, plain, tmp_path):
     options = ["--fusion_llm", files["llm"], "--lm_weight", "0", "--ilm", "zero_context"]
-    assert decode(*options) == plain
+    assert decode(*options, "--output_dir", tmp_path, read=tmp_path) == plain
+    times = json.loads((tmp_path / "rtf.json").read_text())
+    assert times["utterances"] == len(SECONDS)
+    assert times["audio_seconds"] == pytest.approx(sum(SECONDS.values()))
+    assert times["rtf"] == pytest.approx(times["seconds"] / times["audio_seconds"], rel=0.01)
+    assert times["cpu_rtf"] > 0
 
 
 @pytest.mark.parametrize(
