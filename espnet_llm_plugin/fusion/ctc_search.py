@@ -19,7 +19,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.ctc_beam import RECOMBINATIONS, Endings
 from espnet_llm_plugin.fusion.ctc_chunk import CTCChunk
 from espnet_llm_plugin.fusion.delayed import Fusion
-from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales, SearchError
+from espnet_llm_plugin.transducer.frame_search import FrameSearch
+from espnet_llm_plugin.transducer.hypothesis import Scales, SearchError
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 from espnet_llm_plugin.transducer.search_state import RowScales, SearchState
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from espnet_llm_plugin.fusion.external_lm import ExternalLM
 
 
-class CTCSearch:
+class CTCSearch(FrameSearch):
     """Time-synchronous prefix beam search over the CTC posteriors of a batch.
 
     The score of a label where it is emitted (not blank, and not the label of the frame before) is
@@ -46,8 +47,6 @@ class CTCSearch:
             that matter.
         max_bytes: See :class:`~espnet_llm_plugin.transducer.prefix_tree.PrefixTree`.
     """
-
-    takes_batches = True
 
     def __init__(
         self,
@@ -75,34 +74,11 @@ class CTCSearch:
         self.top_labels = top_labels
         self.max_bytes = max_bytes
 
-    def __call__(
-        self,
-        encoder_out: torch.Tensor,
-        scales: Optional[Scales] = None,
-        nbest: int = 1,
-        normalize_length: bool = False,
-    ) -> list[Hypothesis]:
-        """Search a whole utterance (T, D): at most ``nbest`` hypotheses, best first."""
-        lengths = torch.tensor([encoder_out.size(0)])
-        return self.batch(encoder_out[None], lengths, scales, nbest, normalize_length)[0]
-
-    def batch(
-        self,
-        encoder_out: torch.Tensor,
-        lengths: torch.Tensor,
-        scales: Optional[Scales] = None,
-        nbest: int = 1,
-        normalize_length: bool = False,
-    ) -> list[list[Hypothesis]]:
-        """Search utterances (B, T, D) with ``lengths`` (B,) frames: an n-best list of each."""
-        state = self.start([scales or Scales()], utterances=len(encoder_out))
-        return self.step(state, encoder_out, lengths).nbest(nbest, normalize_length)
-
     @torch.inference_mode()
     def start(
         self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None, utterances: int = 1
     ) -> SearchState:
-        """State before the first frame, for G settings; ``tree``: of an earlier search."""
+        """See :class:`FrameSearch`."""
         if tree is None:
             tree = PrefixTree(None, self.num_labels, self.external_lm, self.max_bytes)
         self.fusion.start(tree)
@@ -134,16 +110,7 @@ class CTCSearch:
         encoder_out: torch.Tensor,
         lengths: Optional[torch.Tensor] = None,
     ) -> SearchState:
-        """Search the next chunk; chunks one after another equal all frames at once.
-
-        Args:
-            state: Left as it is.
-            encoder_out: Frames (B, T, D), or (T, D) of the only utterance.
-            lengths: Frames of each utterance in this chunk, 0 allowed (B,); default: all.
-
-        Raises:
-            SearchError: A score is not a number.
-        """
+        """See :class:`FrameSearch`."""
         if encoder_out.dim() == 2:
             encoder_out = encoder_out[None]
         utterances, frames = encoder_out.shape[:2]

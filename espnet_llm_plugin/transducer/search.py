@@ -23,8 +23,9 @@ from espnet_llm_plugin.transducer.beam import (
     kth_best,
 )
 from espnet_llm_plugin.transducer.chunk import Chunk, numpy
+from espnet_llm_plugin.transducer.frame_search import FrameSearch
 from espnet_llm_plugin.transducer.greedy import greedy_step
-from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
+from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 from espnet_llm_plugin.transducer.search_state import SearchState
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 30.0
 
 
-class TransducerSearch:
+class TransducerSearch(FrameSearch):
     """Beam search over the encoder frames of a batch of utterances.
 
     In a frame every hypothesis may end the frame by a blank, or emit a label and go on in the same
@@ -60,8 +61,6 @@ class TransducerSearch:
             sentence.
     """
 
-    takes_batches = True
-
     def __init__(
         self,
         scorer: "TransducerScorer",
@@ -82,40 +81,11 @@ class TransducerSearch:
         self.max_bytes = max_bytes
         self.fusion = fusion
 
-    def __call__(
-        self,
-        encoder_out: torch.Tensor,
-        scales: Optional[Scales] = None,
-        nbest: int = 1,
-        normalize_length: bool = False,
-    ) -> list[Hypothesis]:
-        """Search one utterance (T, D): at most ``nbest`` hypotheses, best first."""
-        lengths = torch.tensor([encoder_out.size(0)])
-        return self.batch(encoder_out[None], lengths, scales, nbest, normalize_length)[0]
-
-    def batch(
-        self,
-        encoder_out: torch.Tensor,
-        lengths: torch.Tensor,
-        scales: Optional[Scales] = None,
-        nbest: int = 1,
-        normalize_length: bool = False,
-    ) -> list[list[Hypothesis]]:
-        """Search utterances (B, T, D) with ``lengths`` (B,) frames: an n-best list of each."""
-        state = self.start([scales or Scales()], utterances=len(encoder_out))
-        return self.step(state, encoder_out, lengths).nbest(nbest, normalize_length)
-
     @torch.inference_mode()
     def start(
         self, scales: Sequence[Scales], tree: Optional[PrefixTree] = None, utterances: int = 1
     ) -> SearchState:
-        """State before the first frame.
-
-        Args:
-            scales: G settings, searched side by side with common prefixes.
-            tree: Prefixes of an earlier search with the same networks, to be reused.
-            utterances: B.
-        """
+        """See :class:`FrameSearch`."""
         if tree is None:
             tree = PrefixTree(
                 self.scorer.prefixes(), self.scorer.num_labels, self.external_lm, self.max_bytes
@@ -131,16 +101,7 @@ class TransducerSearch:
         encoder_out: torch.Tensor,
         lengths: Optional[torch.Tensor] = None,
     ) -> SearchState:
-        """Search the next chunk; chunks one after another equal all frames at once.
-
-        Args:
-            state: Left as it is.
-            encoder_out: Frames (B, T, D), or (T, D) of the only utterance.
-            lengths: Frames of each utterance in this chunk, 0 allowed (B,); default: all.
-
-        Raises:
-            SearchError: A score is not a number.
-        """
+        """See :class:`FrameSearch`."""
         if encoder_out.dim() == 2:
             encoder_out = encoder_out[None]
         state = state.copy()
