@@ -277,6 +277,24 @@ def test_another_grid_is_tuned_again(root, tmp_path, tool):
     assert marks[0] == marks[2] != marks[1] and marks[0].strip()
 
 
+def test_another_llm_in_the_same_place_is_decoded_again(root, tmp_path):
+    functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p; /^decode_mark()/,/^}/p"
+    names = "asr_exp inference_asr_model inference_config inference_args lm_files lm_exp swap_llm"
+    script = f"""set -eu
+        eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
+        for name in {names} decode_lang; do declare "${{name}}="; done
+        tune_tool=tune_fusion tune_config=grid.yaml
+        decode_mark"""
+    (tmp_path / "grid.yaml").write_text("fusion_llm: llm\n")
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text("{}")
+    marks = []
+    for weights in (b"first", b"other", b"first"):
+        (tmp_path / "llm/model.safetensors").write_bytes(weights)
+        marks.append(run(["bash", "-c", script], tmp_path).stdout)
+    assert marks[0] == marks[2] != marks[1] and marks[0].strip()
+
+
 def test_a_copy_of_an_llm_is_the_same_llm_and_other_weights_are_not(root, tmp_path):
     functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p"
     script = f"""set -eu

@@ -726,8 +726,15 @@ if with_languages; then decode_lang=${inference_lang}; fi
 eval_sets=${test_sets}
 [ "${eval_valid_set}" = false ] || eval_sets="${valid_set} ${test_sets}"
 decode_mark() {
+    local file fused # an LLM in its own vocabulary
+    fused=$(
+        for file in "${inference_config}" "${tune_config}"; do
+            [ ! -f "${file}" ] || sed -nE 's/^fusion_llm: *//p' "${file}"
+        done | tail -n 1
+    )
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
-        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" "$(llm_mark "${swap_llm}")" \
+        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" \
+        "$(llm_mark "${swap_llm}")$(llm_mark "${fused}")" \
         "${tune_config}" "${tune_tool}${decode_lang}" "$@"
 }
 
