@@ -91,6 +91,12 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
         token_type=args.token_type,
         bpemodel=args.bpemodel,
     )
+    if asr.is_speech_llm and not hasattr(args, "ctc_top_k"):  # options of a streaming command
+        raise UserError(
+            f"--asr_train_config {args.asr_train_config}: a speech_llm reads whole recordings, it "
+            "cannot stream: decode it with espnet_llm_plugin.bin.asr_inference (--long_form for "
+            "long ones)"
+        )
     set_chunk_ms(asr.model, getattr(args, "chunk_ms", None))
     lm, lm_weight = None, args.lm_weight
     ngram_file = getattr(args, "ngram_file", None)

@@ -101,6 +101,11 @@ class HeldOut:
                     f"--{name} {getattr(args, name)}: it is for CTC models and transducers, and "
                     "this model is a speech_llm"
                 )
+            if args.long_form != "off":
+                raise UserError(
+                    f"--long_form {args.long_form}: weights are tuned on utterances as they are; "
+                    "give segments of long recordings, and --long_form when decoding"
+                )
             self.speech_llm = tuned_recognizer(args, self.asr, lm)
         else:
             self.search = build_search(

@@ -97,7 +97,7 @@ def joined(recognizer: Recognizer, segments: Sequence[Segment]) -> list[Recognit
         return segments[0].nbest
     best = [segment.nbest[0].hypothesis for segment in segments]
     blanks = [hypothesis.blank for hypothesis in best]
-    names = ("total", "acoustic", "lm", "external_lm", "bonus")
+    names = ("total", "acoustic", "lm", "external_lm", "prior", "bonus")
     whole = Hypothesis(
         labels=tuple(label for hypothesis in best for label in hypothesis.labels),
         frames=tuple(

@@ -30,7 +30,11 @@ from espnet_llm_plugin.transducer.search_state import SearchState
 
 @dataclass(frozen=True)
 class RecognizerState:
-    """All that is kept of one stream; never changed, so it can be kept.
+    """All that is kept of one stream: later pieces make new states of it and leave it as it is.
+
+    An old state may be gone back to as long as the memory for predictor states has not run out
+    (``max_bytes`` of the search): then those that no hypothesis of the newest state reaches are
+    given up.
 
     Attributes:
         frontend: Samples under windows that are not complete.

@@ -1,14 +1,15 @@
 """The streaming decoding command: the offline command's results, and what was known when."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
-from espnet_llm_plugin.bin import asr_inference, asr_inference_streaming
+from espnet_llm_plugin.bin import asr_inference, asr_inference_streaming, streaming_report
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.inference import decode_streaming
+from espnet_llm_plugin.inference import decode, decode_streaming
 from espnet_llm_plugin.inference.options import espnet_streaming_parser
 from tests.inference.tiny_asr import KINDS, RATE, make_asr, make_audio, make_lm, read_scp
 from tests.inference.tiny_streaming import make_streaming_asr
@@ -191,6 +192,18 @@ def test_models_that_cannot_stream_are_refused(run):
         run("offline", "--chunk_ms", "80", command=asr_inference)
     with pytest.raises(UserError, match="give chunk_ms"):
         run("ctc", "--chunk_ms", "inf")
+
+
+@pytest.mark.parametrize("command", [asr_inference_streaming, streaming_report])
+def test_a_speech_llm_is_refused(files, run, monkeypatch, command, tmp_path):
+    monkeypatch.setattr(decode, "load_asr", lambda *_, **__: SimpleNamespace(is_speech_llm=True))
+    with pytest.raises(UserError, match="cannot stream: decode it with .*asr_inference"):
+        if command is asr_inference_streaming:
+            run("ctc")
+        (tmp_path / "text").touch()
+        data = ["--data_path_and_name_and_type", f"{files['wav']},speech,sound"]
+        text = ["--text", str(tmp_path / "text"), "--output_dir", str(tmp_path)]
+        command.main([*files["ctc"].asr_options(), *data, *text])
 
 
 REFUSED = {

@@ -287,5 +287,7 @@ def test_tuning_refuses_what_means_nothing(files, tmp_path):
         tune(files, tmp_path / "a", *files["lm"].lm_options())
     with pytest.raises(UserError, match="--ctc_weights.*no CTC head"):
         tune(files, tmp_path / "b", "--ctc_weights", "0.5", kind="no_ctc")
+    with pytest.raises(UserError, match="--long_form ctc: weights are tuned on utterances"):
+        tune(files, tmp_path / "d", "--long_form", "ctc")
     with pytest.raises(UserError, match="tune_scales"):
         tune(files, tmp_path / "c", module=tune_fusion)

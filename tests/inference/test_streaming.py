@@ -1,6 +1,7 @@
 """The streaming recogniser: the offline result, stable prefixes, endpoints, bad input."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.endpoint import endpoint_rules
 from espnet_llm_plugin.inference.loading import load_asr
-from espnet_llm_plugin.inference.recognizer import Recognizer
+from espnet_llm_plugin.inference.recognizer import Recognition, Recognizer
 from espnet_llm_plugin.inference.simulate import joined, simulate
-from espnet_llm_plugin.inference.streaming import StreamingRecognizer, set_chunk_ms
+from espnet_llm_plugin.inference.streaming import Segment, StreamingRecognizer, set_chunk_ms
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis
 from tests.contracts.streaming_contract import random_split
 from tests.inference.tiny_asr import KINDS, RATE, TOKENS, make_asr
 from tests.inference.tiny_streaming import ENCODERS, make_streaming_asr
@@ -318,6 +320,20 @@ class TestEndpoints:
                 _, state = streaming.infer(piece, state)
             sizes.append(len(state.search.tree))
         assert max(sizes) < 200 and state.begin > 80
+
+    def test_joined_parts_add_up_with_a_prior(self):
+        def segment(begin, prior):
+            parts = dict(acoustic=-3.0, lm=0.0, external_lm=0.0, bonus=0.5, prior=prior)
+            hypothesis = Hypothesis((1,), total=-2.5 + prior, frames=(0,), **parts)
+            return Segment(begin, 4, 0.0, 1.0, [Recognition("a", ["a"], [2], hypothesis)])
+
+        recognizer = SimpleNamespace(
+            recognition=lambda h: Recognition("a a", ["a", "a"], [2, 2], h)
+        )
+        (whole,) = joined(recognizer, [segment(0, 0.25), segment(4, 0.5)])
+        assert whole.hypothesis.prior == 0.75
+        parts = whole.hypothesis.acoustic + whole.hypothesis.bonus + whole.hypothesis.prior
+        assert whole.hypothesis.total == pytest.approx(parts) == -4.25
 
     def test_joined_segments(self, models):
         recognizer = Recognizer(models("emformer", "factorized"), beam_size=2)

@@ -136,7 +136,13 @@ def test_wrong_options_are_refused_before_training(data, train):
         train(data / "run" / "wrong", WEAK, "--model_conf", "mwer_conf.beam_size=2")
 
 
-@pytest.mark.parametrize("name", ["finetune_mwer", "finetune_mwer_weak", "finetune_mwer_rnnt"])
+CONFIGURATIONS = [
+    *("finetune_mwer", "finetune_mwer_weak", "finetune_mwer_rnnt"),
+    *("finetune_mwer_emformer", "finetune_mwer_streaming_conformer"),
+]
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_configurations_train_by_mwer_and_choose_the_best_by_it(name, root):
     conf = yaml.safe_load((root / "conf" / "transducer" / f"{name}.yaml").read_text())
     options = conf["model_conf"]
@@ -154,6 +160,8 @@ def test_the_configurations_train_by_mwer_and_choose_the_best_by_it(name, root):
         ("finetune_mwer", "train_ft_llm"),
         ("finetune_mwer_weak", "train_ft_stateless"),
         ("finetune_mwer_rnnt", "train_rnnt"),
+        ("finetune_mwer_emformer", "train_ft_emformer"),
+        ("finetune_mwer_streaming_conformer", "train_ft_streaming_conformer"),
     ],
 )
 def test_the_configurations_have_the_modules_of_their_initial_models(name, initial, root):

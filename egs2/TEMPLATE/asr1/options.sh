@@ -37,3 +37,9 @@ read_options() {
         shift 2
     done
 }
+
+# Scales that tuning found (best.yaml), as options of training.
+scales_of() {
+    sed -nE -e 's/^alpha:/ --decoder_conf lm_scale=/p' -e 's/^(beta|label_bonus):/ --decoder_conf \1=/p' \
+        "$1" | sed 's/= */=/' | tr -d '\n'
+}

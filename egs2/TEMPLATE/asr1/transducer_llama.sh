@@ -143,10 +143,13 @@ transducer_llama() {
         --inference_tag "decode_swap_${tag}"
     [ -n "${finetune_config}" ] || return 0
 
-    # The weak model's predictor is left out of the initial values: the LLM is in its place.
+    # The weak model's predictor is left out of the initial values: the LLM is in its place. The scales
+    # are those that were tuned for the swap, unless --asr_args has others.
+    local swapped=${weak}/decode_swap_${tag}/tune/best.yaml scales=""
+    [ ! -f "${swapped}" ] || scales=$(scales_of "${swapped}")
     asr "${finetune_config}" --tune_config "${tune_config}" \
         --asr_tag "$(tag_of "${finetune_config}")_${tag}" \
         --pretrained_model "${weak}/valid.loss.ave.pth:::decoder.predictor" \
         --inference_asr_model "${finetune_model}" \
-        --asr_args "${asr_args} --decoder_conf predictor_conf.llm=${adapted}"
+        --asr_args "${scales} ${asr_args} --decoder_conf predictor_conf.llm=${adapted}"
 }

@@ -165,8 +165,3 @@ train_model() {
         --asr_args "$(schedule "${count}") --seed ${seed} ${options}"
     [[ $1 != sl_* ]] || report_gap "$(place "$1")/asr_$1"
 }
-# What tuning found, as training options.
-scales_of() {
-    sed -nE -e 's/^alpha:/ --decoder_conf lm_scale=/p' -e 's/^(beta|label_bonus):/ --decoder_conf \1=/p' \
-        "$1" | sed 's/= */=/' | tr -d '\n'
-}
