@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Sentences sampled from an LLM, spoken by synthetic voices, and three tables of systems. Does an LLM
-# swapped into a factorized transducer pay (arXiv 2412.16464), and when? Speech LLMs (2307.11795):
-# what matters? Which way to combine CTC and an LLM (2603.15045), and is it worth more than they are?
+# Sentences sampled from an LLM, spoken by synthetic voices, and three tables: an LLM swapped into a
+# transducer (arXiv 2412.16464), speech LLMs (2307.11795), CTC or RNN-T combined with it (2603.15045).
 #
 #   ./run.sh --llm_source DIR [--size full|less|small|tiny] [--rows "main"] [--encoders "offline"]
 #            [--epochs "5 10"] [--seeds "1 2 3"] [--jobs 2] [--stop_stage 5] [--experiment NAME]
@@ -17,6 +16,7 @@
 #
 # What is finished is not done again: a long experiment can be run in pieces, several at a time, or
 # elsewhere, since results.zip has what the tables of full are made of.
+
 # shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -50,10 +50,10 @@ export OMP_NUM_THREADS=1
 . local/speech_llm.sh
 . local/combination.sh
 . local/steps.sh
+
 restore_results
 # shellcheck disable=SC2086
 [ "${rows}" = none ] || selected=$(select_rows ${rows})
-[ "${rows}" = none ] || prepare_data
-[ "${rows}" = none ] || [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
+[ "${rows}" = none ] || run_rows "${selected}"
 stream_rows
 [ "${stop_stage}" -lt 13 ] || table

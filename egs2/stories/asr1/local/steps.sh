@@ -151,6 +151,8 @@ work() {
 }
 run_rows() { # names, a line each
     local units claims worker failed=0 first=${#job_pids[@]}
+    prepare_data
+    [ "${stop_stage}" -gt 5 ] || return 0
     # shellcheck disable=SC2086
     units=$(units_of $1)
     claims=$(mktemp -d)
