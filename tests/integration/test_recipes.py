@@ -258,6 +258,10 @@ def test_custom_data(mini, recipes):
     for name in ("test", "again"):
         for tag in ("decode", "decode_swap"):
             assert (directory / f"exp/asr_ft/{tag}/{name}/score_wer/result.txt").is_file()
+    # the page of the swapped system compares it with the weak LM
+    for tag, compared in (("decode", False), ("decode_swap", True)):
+        page = (directory / f"exp/asr_ft/{tag}/diagnosis.md").read_text()
+        assert ("with the weak LM" in page and "with the strong LM tuned" in page) == compared
 
 
 @pytest.mark.parametrize("tool", ["tune_scales", "tune_fusion"])

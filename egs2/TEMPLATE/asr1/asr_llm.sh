@@ -849,8 +849,17 @@ if runs 13; then
         fi
         [ ! -f "${asr_exp}/train.log" ] || inputs+=" --train_log ${asr_exp}/train.log"
         [ -z "${tune_config}" ] || inputs+=" --scales ${decode_dir}/tune/scales.json"
-        report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
-        [ -z "${swap_llm}" ] || [ ! -f "${report}" ] || inputs+=" --vocabulary_report ${report}"
+        if [ -n "${swap_llm}" ]; then
+            report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
+            weak=${asr_exp}/decode                               # the same model with its own LM
+            [ ! -f "${report}" ] || inputs+=" --vocabulary_report ${report}"
+            if [ -f "${weak}/${first}/scores.json" ]; then
+                inputs+=" --weak ${weak}/${first}"
+                [ ! -f "${weak}/nll/nll.json" ] || inputs+=" --weak_nll ${weak}/nll/nll.json"
+                [ ! -f "${decode_dir}_as_trained/${first}/scores.json" ] ||
+                    inputs+=" --untuned ${decode_dir}_as_trained/${first}"
+            fi
+        fi
         scored=""
         for name in ${eval_sets}; do
             scored+=" ${decode_dir}/${name}"
