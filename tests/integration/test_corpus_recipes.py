@@ -411,7 +411,10 @@ def test_mini_speech_llm(steps, root, corpus, units):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--system", "llm"], "--system is 'llm'; expected transducer, speech_llm, aed or combination"),
+        (
+            ["--system", "llm"],
+            "--system is 'llm'; expected transducer, speech_llm, aed or combination",
+        ),
         (["--system", "speech_llm", "--units", "bpe"], "--units is 'bpe'; expected native or"),
     ],
 )
