@@ -5,7 +5,7 @@ Either a CTC model and an LM over its tokens as the recipes train them:
 
     cd egs2/mini/asr1
     python ../../../benchmarks/fusion.py --asr exp/mini/asr_ctc --data dump/mini/raw/test \\
-        --lm exp/mini/lm_llama_adapted/llm [--llm DIR]
+        --lm exp/mini/lm_llama_adapted/llm [--llm DIR [--ngram FILE]]
 
 or made posteriors: sentences, whose tokens (those of the LLM) come out of a confusion model. The
 LLM is then also the LM over the ASR tokens, exactly, so that all methods know the same:
@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.errors import UserError, run_cli
+from espnet_llm_plugin.fusion.ngram import load_ngram
 from espnet_llm_plugin.inference.fusion_options import FusionOptions
 from espnet_llm_plugin.inference.loading import load_asr, load_lm
 from espnet_llm_plugin.inference.recognizer import build_search, encode, lm_use
@@ -202,9 +203,11 @@ def ours(args: argparse.Namespace, task: Task, method: str, beam: int, batch: in
     asr = SimpleNamespace(model=model, text=text, is_ctc=True)
     kind, _, policy = method.partition(" ")
     options = {"recombination": args.recombination, "top_labels": args.top_labels or None}
-    lm = None if kind in ("none", "LLM") else task.lm
-    if kind == "LLM":
+    lm = None if kind in ("none", "LLM", "LLM+ngram") else task.lm
+    if kind.startswith("LLM"):
         options["llm"] = str(args.llm)
+    if kind == "LLM+ngram":
+        options["ngram"] = load_ngram(args.ngram, task.tokens)
     if policy == "never":
         options["method"] = "rescore"
     elif policy:
@@ -238,7 +241,9 @@ def named(method: str) -> str:
         return "no LM"
     if kind == "label-wise":
         return "label-wise"
-    vocabulary = "own vocabulary" if kind == "LLM" else "ASR vocabulary"
+    vocabulary = "own vocabulary" if kind.startswith("LLM") else "ASR vocabulary"
+    if kind == "LLM+ngram":
+        vocabulary += ", n-gram in between"
     if policy == "never":
         return f"rescoring ({vocabulary})"
     when = "shortest" if policy == "shortest" else f"n = {policy}"
@@ -329,6 +334,8 @@ def rows_of(args: argparse.Namespace, task: Task) -> list[Row]:
     methods = ["none", "label-wise", *(f"LM {policy}" for policy in delayed)]
     if args.llm:
         methods += [f"LLM {policy}" for policy in delayed]
+    if args.ngram:
+        methods += [f"LLM+ngram {policy}" for policy in delayed]
     rows = []
     for beam in args.beams:
         rows += [ours(args, task, method, beam, args.batch) for method in methods]
@@ -412,6 +419,7 @@ def main(cmd: Optional[list[str]] = None) -> None:
     group.add_argument("--difficulty", type=float, default=2.2, help="deviation of the scores")
     group.add_argument("--frame_ms", type=float, default=60.0, help="for the real-time factor")
     parser.add_argument("--llm", help="LLM that scores words in its own vocabulary")
+    parser.add_argument("--ngram", help="of estimate_ngram: stands in for --llm between its calls")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--batch", type=int, default=16, help="utterances searched together by us")
     parser.add_argument("--intervals", nargs="+", type=int, default=[1, 5, 10, 20])

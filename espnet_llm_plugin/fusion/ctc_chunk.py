@@ -32,7 +32,8 @@ class CTCChunk:
         self._search, self.state, self.log_probs, self.count = search, state, log_probs, count
         self.fusion, self.combine, self.size = search.fusion, search.combine, search.beam_size
         self.tree = state.tree
-        self.scales = RowScales(state.scales, len(count), delayed=self.fusion.delayed)
+        at_once = [self.fusion.at_once(scales) for scales in state.scales]
+        self.scales = RowScales(at_once, len(count))
         self.weights = self.fusion.weights(state.scales, len(self.scales.utterance))
         # log prior of labels (L,), and of blank and labels at every frame (L+1,)
         self.label_prior: Optional[np.ndarray] = None

@@ -99,7 +99,7 @@ class CTCSearch(FrameSearch):
     def _is_greedy(self, scales: Sequence[Scales]) -> bool:
         if self.beam_size > 1:
             return False
-        now = RowScales(scales, 1, delayed=self.fusion.delayed)
+        now = RowScales([self.fusion.at_once(s) for s in scales], 1)
         extra = (now.lm_weight, now.bonus, now.prior_weight, now.blank_scale - 1)
         return not any(values.any() for values in extra)
 

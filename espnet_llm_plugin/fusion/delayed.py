@@ -7,6 +7,10 @@ Label-wise fusion adds an LM's score to every label, before the beam is pruned. 
 then, for the hypotheses that are still alive: for far fewer prefixes, for many at once, and, for an
 LLM with a vocabulary of its own, for whole words only. What balances the LM comes with it and not
 before: a prior of the labels, an internal LM that is subtracted, the bonus of labels.
+
+Pruning without an LM loses hypotheses that it would have kept. A cheap LM over the labels, such as
+an n-gram, can stand in: it scores labels at once with the LM's weight, and what the LM has read of
+a hypothesis is then scored by the LM instead. Prior, internal LM and bonus are then there at once.
 """
 
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Protocol, Sequence
@@ -136,18 +140,22 @@ class Weights(NamedTuple):
     """What is weighed beside the labels, of each row (R,)."""
 
     lm: np.ndarray
+    stand_in: np.ndarray  # of the search's LM, which is replaced
     prior: np.ndarray
     internal: np.ndarray  # below zero: the internal LM's, subtracted
     bonus: np.ndarray
 
     @classmethod
-    def of(cls, scales: Sequence[Scales], rows: int) -> "Weights":
-        """Of G settings, repeated for R rows."""
-        names = ("lm_weight", "prior_weight", "beta", "label_bonus")
-        at_once = [without_late(s) for s in scales]
+    def of(cls, scales: Sequence[Scales], at_once: Sequence[Scales], rows: int) -> "Weights":
+        """Of G settings and what of each is there at once, repeated for R rows."""
+        names = ("prior_weight", "beta", "label_bonus")
         late = [
-            [getattr(s, name) - getattr(now, name) for s, now in zip(scales, at_once)]
-            for name in names
+            [s.lm_weight for s in scales],
+            [now.lm_weight for now in at_once],
+            *(
+                [getattr(s, name) - getattr(now, name) for s, now in zip(scales, at_once)]
+                for name in names
+            ),
         ]
         return cls(*(np.tile(np.array(one, dtype=float), rows // len(scales)) for one in late))
 
@@ -183,15 +191,18 @@ class Fusion:
         if log_prior is not None and tree.prior_sums is None:
             tree.prior_sums = tree.sums(lambda parents, labels: log_prior[labels + 1])
 
-    @staticmethod
-    def weights(scales: Sequence[Scales], rows: int) -> Weights:
-        """Of G settings, repeated for R rows."""
-        return Weights.of(scales, rows)
+    def at_once(self, scales: Scales) -> Scales:
+        """Those of the labels, where they are emitted."""
+        return scales
+
+    def weights(self, scales: Sequence[Scales], rows: int) -> Weights:
+        """What comes later, of G settings, repeated for R rows."""
+        return Weights.of(scales, [self.at_once(s) for s in scales], rows)
 
     def final(self, tree: PrefixTree, beam: Beam, scales: Sequence[Scales]) -> np.ndarray:
         """What is added to the scores of a beam if no frame comes any more (R, N)."""
         added = np.zeros_like(beam.score)
-        weights = Weights.of(scales, len(added))
+        weights = self.weights(scales, len(added))
         row, place = np.nonzero((beam.node >= 0) & (weights.lm != 0)[:, None])
         if self.end and len(row):
             added[row, place] = weights.lm[row] * tree.external_ends(beam.node[row, place])
@@ -238,8 +249,9 @@ class DelayedFusion(Fusion):
         prefixes: Makes the LM's side of a search's prefixes.
         policy: One of ``POLICIES``.
         interval: Frames, of ``every_n_frames``.
-        prior: Of labels.
+        prior: Of labels; with ``stand_in`` of frames, too.
         llm: What ``prefixes`` asks, if it is no LM of the search; kept for its counters.
+        stand_in: The search has another LM, which stands in where ``llm`` has not scored yet.
 
     Raises:
         UserError: No such policy, no interval, or a prior of frames.
@@ -254,19 +266,23 @@ class DelayedFusion(Fusion):
         interval: int = 10,
         prior: Optional["Prior"] = None,
         llm: Optional["WordLM"] = None,
+        stand_in: bool = False,
     ):
         if policy not in POLICIES:
             raise UserError(f"fusion policy {policy!r}: expected one of {', '.join(POLICIES)}")
         if interval < 1:
             raise UserError(f"fusion interval {interval}: at least 1 frame is needed")
-        if prior is not None and prior.mode != "label":
+        if prior is not None and prior.mode != "label" and not stand_in:
             raise UserError(
                 f"a prior of mode {prior.mode!r} acts on every frame, so it cannot come together "
                 "with a delayed LM: estimate a prior of mode label"
             )
         super().__init__(prior)
         self._make, self.policy, self.interval = prefixes, policy, interval
-        self.llm = llm
+        self.llm, self.stand_in = llm, stand_in
+
+    def at_once(self, scales: Scales) -> Scales:
+        return scales if self.stand_in else without_late(scales)
 
     def start(self, tree: PrefixTree) -> None:
         super().start(tree)
@@ -332,11 +348,14 @@ class DelayedFusion(Fusion):
         weights: Weights,
         lm: Callable[[np.ndarray], np.ndarray],
     ) -> np.ndarray:
-        """LM, prior, internal LM and bonus of M prefixes, weights of each (M,)."""
+        """LM, less its stand-in, prior, internal LM and bonus of M prefixes, weights (M,)."""
         total = weights.bonus * tree.depth(nodes)
         some = weights.lm != 0
         if some.any():
             total[some] += weights.lm[some] * lm(nodes[some])
+        some = weights.stand_in != 0
+        if some.any():
+            total[some] -= weights.stand_in[some] * tree.external_sums(nodes[some])
         some = weights.prior != 0
         if some.any() and tree.prior_sums is not None:
             total[some] -= weights.prior[some] * tree.prior_sums(nodes[some])
@@ -347,7 +366,7 @@ class DelayedFusion(Fusion):
 
     def final(self, tree: PrefixTree, beam: Beam, scales: Sequence[Scales]) -> np.ndarray:
         added = np.zeros_like(beam.score)
-        weights = Weights.of(scales, len(added))
+        weights = self.weights(scales, len(added))
         row, place = np.nonzero((beam.node >= 0) & self._wanted(weights)[:, None])
         if len(row):
             nodes = beam.node[row, place]

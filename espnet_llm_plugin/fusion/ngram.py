@@ -1,4 +1,4 @@
-"""An n-gram LM over ASR tokens as an external LM, by kenlm.
+"""An n-gram LM over ASR tokens as an external LM: kenlm's, or one of ``estimate_ngram``.
 
 N prefixes, V tokens of the list.
 """
@@ -14,6 +14,7 @@ from espnet.nets.scorer_interface import BatchScorerInterface
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.token_list import BLANK, SOS_EOS, UNK
 
 _SPECIAL = (BLANK, UNK, SOS_EOS)
@@ -21,6 +22,23 @@ _SPECIAL = (BLANK, UNK, SOS_EOS)
 _ROWS = 4096
 # As causal_llm's: finite, so that a weight of zero leaves zero.
 _BLANK = -1.0e9
+
+
+def load_ngram(path: Union[str, Path], tokens: Sequence[str]) -> BatchScorerInterface:
+    """The n-gram LM of a file: ``estimate_ngram``'s (``.npz``), ARPA, or kenlm's binary.
+
+    Args:
+        path: File.
+        tokens: V tokens.
+
+    Raises:
+        UserError: An unreadable file, one of another vocabulary, or kenlm is not installed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"n-gram file {path} does not exist")
+    if Path(path).suffix == ".npz":
+        return LabelNgram.load(path, tokens)
+    return NgramLM(path, tokens)
 
 
 class NgramLM(BatchScorerInterface):

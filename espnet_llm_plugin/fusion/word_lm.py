@@ -33,7 +33,7 @@ MAX_BYTES = 128 * 2**20
 class TokenNode:
     """Tokens from BOS on. ``score``: their log-prob, BOS aside."""
 
-    __slots__ = ("parent", "token", "score", "state", "row", "children", "__weakref__")
+    __slots__ = ("parent", "token", "score", "state", "row", "__weakref__")
 
     def __init__(self, parent: Optional["TokenNode"], token: int):
         self.parent = parent
@@ -41,8 +41,6 @@ class TokenNode:
         self.score: Optional[float] = None
         self.state: Optional[PrefixState] = None  # once the LLM has seen the token
         self.row: Optional[torch.Tensor] = None  # log-probs of the next one (V,)
-        # A shorter text does not keep the longer ones alive.
-        self.children: WeakValueDictionary[int, TokenNode] = WeakValueDictionary()
 
 
 class Text:
@@ -120,6 +118,9 @@ class WordLM:
         self._lm = PrefixLM(llm.model(device))
         self._root = TokenNode(None, bos)
         self._root.score = 0.0
+        # By the parent's identity and the token: a child dies before its parent, so that no other
+        # node can have the identity. A shorter text does not keep the longer ones alive.
+        self._children: WeakValueDictionary[tuple[int, int], TokenNode] = WeakValueDictionary()
         self._with_rows: deque[TokenNode] = deque()
         self._texts: WeakValueDictionary[str, Text] = WeakValueDictionary()
 
@@ -192,9 +193,9 @@ class WordLM:
             path = [self._root]
             for token in tokens:
                 node = path[-1]
-                child = node.children.get(token)
+                child = self._children.get((id(node), token))
                 if child is None:
-                    child = node.children[token] = TokenNode(node, token)
+                    child = self._children[id(node), token] = TokenNode(node, token)
                 if child.score is None:  # new, or left over from a call that failed
                     new[child] = None
                     if node.row is None:

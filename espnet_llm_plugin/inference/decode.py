@@ -11,11 +11,11 @@ from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from tqdm import tqdm
 
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
-from espnet_llm_plugin.fusion.ngram import NgramLM
+from espnet_llm_plugin.fusion.ngram import load_ngram
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.fusion_options import fusion_options
 from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
-from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm, require_file
+from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm
 from espnet_llm_plugin.inference.options import (
     bonus_of,
     changed_options,
@@ -61,7 +61,7 @@ def decode(args: argparse.Namespace, recognizer: Optional[AnyRecognizer] = None)
         f"beam {args.beam_size}"
     )
     files = [args.asr_model_file, args.lm_file, args.predictor_file, args.prior_file]
-    files += [args.ilm_file, args.ngram_file, args.utt2lang]
+    files += [args.ilm_file, args.ngram_file, args.fusion_ngram, args.utt2lang]
     writer = ResultWriter(args.output_dir, identity(args, files))
     try:
         decode_all(recognizer, data, writer, args.num_workers, args.batch_size, languages)
@@ -108,8 +108,7 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
     if ngram_file and asr.is_speech_llm:
         raise UserError(f"--ngram_file {ngram_file}: the search of a speech_llm has no n-gram LM")
     if ngram_file:
-        require_file(ngram_file, "--ngram_file", "n-gram LM over the model's tokens")
-        lm, lm_weight = NgramLM(ngram_file, asr.model.token_list), args.ngram_weight
+        lm, lm_weight = load_ngram(ngram_file, asr.model.token_list), args.ngram_weight
     if args.lm_train_config:
         lm = load_lm(
             args.lm_train_config,

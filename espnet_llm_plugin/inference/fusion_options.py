@@ -37,6 +37,7 @@ class FusionOptions:
             transducer, as in ESPnet.
         temperature: Of the LM.
         lowercase: Whether ``llm`` reads the words in lower case.
+        ngram: LM over the ASR tokens that stands in for ``llm`` until that has read a word.
         prior: Of the CTC labels or frames.
         recombination: Of CTC.
         top_labels: Of CTC: labels looked at in a frame; None: all that matter.
@@ -50,6 +51,7 @@ class FusionOptions:
     end: Optional[str] = None
     temperature: float = 1.0
     lowercase: bool = False
+    ngram: Any = field(default=None, compare=False)
     prior: Any = field(default=None, compare=False)
     recombination: str = "sum"
     top_labels: Optional[int] = None
@@ -109,6 +111,11 @@ def add_fusion_options(parser: argparse.ArgumentParser, weights: bool = True) ->
         help="Lower the case of the words that --fusion_llm reads",
     )
     group.add_argument(
+        "--fusion_ngram",
+        help="N-gram over the ASR tokens (of estimate_ngram, ARPA, or kenlm's) that stands in for "
+        "--fusion_llm, with its weight, until that has read a word",
+    )
+    group.add_argument(
         "--prior_file", help="Prior of a CTC model, as estimate_prior writes it; it is subtracted"
     )
     if weights:
@@ -146,6 +153,7 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
         ),
         "lm_eos": (has_lm, "it needs an LM"),
         "lm_temperature": (has_lm, "it needs an LM"),
+        "fusion_ngram": (args.fusion_llm, "it stands in for an LLM: add --fusion_llm"),
         "lm_lowercase": (args.fusion_llm, "it needs --fusion_llm: other LMs read ASR tokens"),
         "prior_file": (asr.is_ctc, "priors are those of CTC models; of a transducer subtract the "
                        "internal LM by --ilm_weight"),
@@ -169,7 +177,11 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
         raise UserError(f"--lm_temperature {args.lm_temperature}: it must be above 0")
     if args.top_labels < 0:
         raise UserError(f"--top_labels {args.top_labels}: expected a number of labels, or 0")
-    prior = None
+    prior = ngram = None
+    if args.fusion_ngram:
+        from espnet_llm_plugin.fusion.ngram import load_ngram
+
+        ngram = load_ngram(args.fusion_ngram, asr.model.token_list)
     if args.prior_file:
         from espnet_llm_plugin.fusion.prior import load_prior
 
@@ -183,6 +195,7 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
         end=args.lm_eos,
         temperature=args.lm_temperature,
         lowercase=args.lm_lowercase,
+        ngram=ngram,
         prior=prior,
         recombination=args.recombination,
         top_labels=args.top_labels or None,
@@ -234,4 +247,9 @@ def build_fusion(
         device=device,
         dtype=options.llm_dtype,
     )
-    return DelayedFusion(lambda tree: WordPrefixes(tree, spelling, llm), llm=llm, **delayed)
+    return DelayedFusion(
+        lambda tree: WordPrefixes(tree, spelling, llm),
+        llm=llm,
+        stand_in=options.ngram is not None,
+        **delayed,
+    )

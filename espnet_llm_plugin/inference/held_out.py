@@ -54,7 +54,7 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
 def model_files(args: argparse.Namespace) -> list[Optional[str]]:
     """Files that the results depend on."""
     files = [args.asr_train_config, args.asr_model_file, args.lm_train_config, args.lm_file]
-    files += [args.predictor_file, args.prior_file, args.ilm_file]
+    files += [args.predictor_file, args.prior_file, args.ilm_file, args.fusion_ngram]
     return [*files, args.text, args.utt2lang]
 
 

@@ -14,7 +14,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.model_parts import without_training_parts
 
 if TYPE_CHECKING:
-    from espnet_llm_plugin.fusion.bigram import LabelBigram
+    from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 
 PathLike = Union[str, Path]
 
@@ -199,7 +199,7 @@ def load_lm(
 
 def load_ilm(
     ilm: str, ilm_file: Optional[PathLike], token_list: Sequence[str]
-) -> Optional["LabelBigram"]:
+) -> Optional["LabelNgram"]:
     """The bigram of ``--ilm bigram``; None for the model's own estimate.
 
     Raises:
@@ -215,10 +215,16 @@ def load_ilm(
         if ilm_file:
             raise UserError(f"--ilm_file {ilm_file} needs --ilm bigram")
         return None
-    from espnet_llm_plugin.fusion.bigram import LabelBigram
+    from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 
-    path = require_file(ilm_file, "--ilm_file", "bigram written by estimate_bigram")
-    return LabelBigram.load(path, token_list)
+    path = require_file(ilm_file, "--ilm_file", "bigram written by estimate_ngram --order 2")
+    ngram = LabelNgram.load(path, token_list)
+    if ngram.order != 2:
+        raise UserError(
+            f"--ilm_file {path} is an n-gram of order {ngram.order}; --ilm bigram needs one of "
+            "estimate_ngram --order 2"
+        )
+    return ngram
 
 
 def require_file(path: Optional[PathLike], option: str, what: str) -> Path:

@@ -151,7 +151,7 @@ def add_ilm_options(group: Any) -> None:
         help="Internal LM of an RNN-T: its own estimate without encoder, or a bigram of its "
         "labels; of an attention decoder (--search espnet): zero_context",
     )
-    group.add_argument("--ilm_file", help="Bigram written by estimate_bigram")
+    group.add_argument("--ilm_file", help="Bigram written by estimate_ngram --order 2")
 
 
 def add_endpoint_options(parser: argparse.ArgumentParser, default: bool) -> None:

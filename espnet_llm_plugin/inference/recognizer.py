@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.encoder.streaming import AbsStreamingEncoder
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.fusion.bigram import LabelBigram
 from espnet_llm_plugin.fusion.ctc_search import CTCSearch
 from espnet_llm_plugin.fusion.external_lm import ExternalLM
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.inference.fusion_options import LABEL_WISE, FusionOptions, build_fusion
 from espnet_llm_plugin.inference.loading import LoadedASR
 from espnet_llm_plugin.transducer.decoder import FactorizedTransducerDecoder
@@ -71,7 +71,7 @@ class Recognizer:
         nbest: int = 1,
         normalize_length: bool = False,
         fusion: FusionOptions = LABEL_WISE,
-        ilm: Optional[LabelBigram] = None,
+        ilm: Optional[LabelNgram] = None,
     ):
         self.asr = asr
         self.scales = default_scales(asr) if scales is None else scales
@@ -196,7 +196,7 @@ def build_search(
     beam_size: int = 8,
     max_symbols_per_frame: int = 3,
     fusion: FusionOptions = LABEL_WISE,
-    ilm: Optional[LabelBigram] = None,
+    ilm: Optional[LabelNgram] = None,
 ) -> Search:
     """The search of a model, with an external LM or a prior if given.
 
@@ -217,6 +217,8 @@ def build_search(
     how = build_fusion(asr, fusion, lm is not None, device)
 
     def external_lm(num_labels: int) -> Optional[ExternalLM]:
+        if fusion.ngram is not None:
+            return ExternalLM(fusion.ngram, vocab_size, num_labels, device)
         return lm and ExternalLM(lm, vocab_size, num_labels, device, fusion.temperature)
 
     if asr.is_ctc:

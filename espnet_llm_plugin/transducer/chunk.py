@@ -45,9 +45,11 @@ class Chunk:
         self.max_symbols_per_frame = max_symbols_per_frame
         self.state = state
         self.count = count
-        delayed = state.fusion is not None and state.fusion.delayed
-        self.scales = RowScales(state.scales, len(count), scorer.alpha, forbidden_labels, delayed)
-        if delayed:
+        at_once = state.scales
+        if state.fusion is not None:
+            at_once = [state.fusion.at_once(scales) for scales in state.scales]
+        self.scales = RowScales(at_once, len(count), scorer.alpha, forbidden_labels)
+        if state.fusion is not None and state.fusion.delayed:
             self.late_weights = state.fusion.weights(state.scales, len(self.scales.utterance))
         self._frames = self.scorer.frames(encoder_out)
         self._device = encoder_out.device

@@ -14,13 +14,13 @@ from espnet_llm_plugin.transducer.scorer import Cells, PrefixPool, TransducerSco
 
 
 class Bigram(Protocol):
-    """Log-probs after single tokens, such as ``fusion.bigram.LabelBigram``."""
+    """Log-probs after single tokens, such as ``fusion.label_ngram.LabelNgram`` of order 2."""
 
     @property
     def vocab_size(self) -> int: ...
 
     def rows(self, before: Tensor) -> Tensor:
-        """(M, V) after tokens (M,); sos is V - 1."""
+        """(M, V) after tokens (M, 1); sos is V - 1."""
 
 
 class BigramPool:
@@ -51,7 +51,7 @@ class BigramPool:
 
     def lm(self, nodes: np.ndarray) -> Tensor:
         """The bigram's log-probs of the labels after nodes: (M, L)."""
-        rows = self._bigram.rows(torch.from_numpy(self._last[nodes]))
+        rows = self._bigram.rows(torch.from_numpy(self._last[nodes, None]))
         return rows[:, 1 : 1 + self._num_labels].to(self._device)
 
     def free(self, nodes: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from espnet_llm_plugin.transducer.beam import Beam, Emissions, LivePairs
-from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales, without_late
+from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -143,11 +143,10 @@ class RowScales:
     """The scales of every row, and the label totals they give.
 
     Args:
-        scales: The G settings.
+        scales: The G settings, without what delayed fusion adds later.
         utterances: B.
         alpha: Of settings that give none.
         forbidden_labels: Labels that are never emitted.
-        delayed: The external LM comes later, see :func:`without_late`.
     """
 
     def __init__(
@@ -156,14 +155,11 @@ class RowScales:
         utterances: int,
         alpha: float = 0.0,
         forbidden_labels: Sequence[int] = (),
-        delayed: bool = False,
     ):
         def column(name: str) -> np.ndarray:
             return np.tile([float(getattr(s, name)) for s in scales], utterances)
 
         scales = [s if s.alpha is not None else replace(s, alpha=alpha) for s in scales]
-        if delayed:
-            scales = [without_late(s) for s in scales]
         self.alpha, self.beta, self.lm_weight = map(column, ("alpha", "beta", "lm_weight"))
         self.prior_weight = column("prior_weight")
         self.bonus, self.blank_scale = column("label_bonus"), column("blank_scale")

@@ -9,6 +9,7 @@ import yaml
 
 from espnet_llm_plugin.bin import asr_inference, tune_fusion, tune_scales
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.fusion.word_lm import WordLM
 from tests.inference.tiny_asr import KINDS, TOKENS, make_asr, make_audio, make_lm, make_speech_llm
 from tests.llm.tiny import save_adapted_dir, save_llm_dir
@@ -31,6 +32,9 @@ def files(tmp_path_factory):
     made["wav"] = make_audio(directory / "wav", SECONDS)
     made["text"] = directory / "text"
     made["text"].write_text("".join(f"{utt} {line}\n" for utt, line in TEXT.items()))
+    made["ngram"] = directory / "ngram.npz"
+    ngram = LabelNgram.estimate([[2, 3, 4], [3, 3, 2], [5]], len(TOKENS), 3)
+    ngram.save(made["ngram"], TOKENS)
     return made
 
 
@@ -92,6 +96,27 @@ def test_llm_with_its_own_vocabulary(run, files, kind, fusion):
         plain = run(kind)
         for utt, entries in fused.items():
             assert {e["token_int"] for e in entries} == {e["token_int"] for e in plain[utt]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ngram_that_stands_in_for_the_llm(run, files, kind):
+    """It chooses what the LLM ranks: the n-best list of the n-gram, scored by the LLM alone."""
+    options = [*llm_options(files, "rescore"), "--fusion_ngram", files["ngram"]]
+    found = run(kind, *options)
+    chosen = run(kind, "--ngram_file", files["ngram"], "--ngram_weight", "0.4")
+    plain = run(kind)
+    lm = WordLM(files["llm"])
+    changed = False
+    for utt, entries in found.items():
+        ids = {entry["token_int"] for entry in entries}
+        assert ids == {entry["token_int"] for entry in chosen[utt]}
+        changed |= ids != {entry["token_int"] for entry in plain[utt]}
+        for entry in entries:
+            expected = 0.4 * lm.ends([lm.text(" ".join(entry["text"].split()))])[0]
+            assert entry["external_lm"] == pytest.approx(expected, abs=1e-3)
+            parts = [entry[name] for name in ("acoustic", "lm", "external_lm", "bonus", "prior")]
+            assert sum(parts) == pytest.approx(entry["total"], abs=1e-4)
+    assert changed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +214,9 @@ def test_prior(run, files, prior, fusion):
         ("ctc", "--lm_temperature 0 LM", "above 0"),
         ("ctc", "--lm_lowercase true LM", "needs --fusion_llm"),
         ("ctc", "--fusion_llm_dtype bfloat16", "needs --fusion_llm"),
+        ("ctc", "--fusion_ngram NGRAM LM --fusion delayed", "add --fusion_llm"),
+        ("ctc", "--fusion_ngram ./none --fusion_llm LLM --fusion delayed", "does not exist"),
+        ("ctc", "--fusion_ngram NGRAM --fusion_llm LLM --search espnet", "knows no --fusion"),
         ("ctc", "--prior_weight 0.3", "needs --prior_file"),
         ("ctc", "--top_labels -1", "expected a number"),
         ("ctc", "--fusion_llm ./none --fusion delayed", "does not exist"),
@@ -202,6 +230,7 @@ def test_options_without_a_meaning_are_refused(run, files, kind, options, messag
     words = []
     for word in options.split():
         known = {"LLM": [files["llm"]], "LM": files["lm"].lm_options(), "PRIOR": [str(prior[0])]}
+        known["NGRAM"] = [str(files["ngram"])]
         words += known.get(word, [word])
     with pytest.raises(UserError, match=message):
         run(kind, *words)
@@ -236,23 +265,25 @@ def test_speech_llms_refuse_them(files, tmp_path):
 )
 def test_tuning_with_delayed_fusion(files, tmp_path, prior, command, kind, nj):
     options = ["--fusion", "delayed", "--fusion_llm", files["llm"], "--fusion_interval", "3"]
+    options += ["--fusion_ngram", str(files["ngram"])]
     if kind == "ctc":
         options += ["--prior_file", str(prior[0]), "--prior_weights", "0", "0.3"]
     common = [
         *files[kind].asr_options(),
         *("--data_path_and_name_and_type", f"{files['wav']},speech,sound"),
-        *options[:6],
+        *options[:8],
     ]
     command.main(
         [
             *common,
-            *options[6:],
+            *options[8:],
             *("--text", str(files["text"]), "--output_dir", str(tmp_path / "tune")),
             *("--lm_weights", "0", "0.3", "0.6", "--nj", nj),
         ]
     )
     best = yaml.safe_load((tmp_path / "tune" / "best.yaml").read_text())
     assert best["fusion"] == "delayed" and best["fusion_interval"] == 3
+    assert best["fusion_ngram"] == str(files["ngram"])
     assert "lm_weight" in best and ("prior_weight" in best) == (kind == "ctc")
     scales = json.loads((tmp_path / "tune" / "scales.json").read_text())
     assert len(scales["points"]) == (6 if kind == "ctc" else 3)

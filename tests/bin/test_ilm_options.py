@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from espnet_llm_plugin.bin import asr_inference, estimate_bigram, tune_scales
+from espnet_llm_plugin.bin import asr_inference, estimate_ngram, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.nbest_dirs import read_nbest_dir
 from tests.inference.tiny_asr import TOKENS, make_asr, make_audio, make_lm
@@ -24,8 +24,8 @@ def files(tmp_path_factory):
     made["text"].write_text("utt-a ab c\nutt-b d aa\n")
     made["bigram"] = directory / "bigram.npz"
     tokens = made["transducer"].config.parent / "tokens.txt"
-    options = ["--text", made["text"], "--token_list", tokens, "--output", made["bigram"]]
-    estimate_bigram.main(list(map(str, options)))
+    options = f"--text {made['text']} --token_list {tokens} --order 2 --output {made['bigram']}"
+    estimate_ngram.main(options.split())
     return made
 
 
@@ -41,9 +41,9 @@ def decode(files, kind, directory, *options):
 
 
 def test_bigram_is_subtracted(files, tmp_path):
-    from espnet_llm_plugin.fusion.bigram import LabelBigram
+    from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 
-    bigram = LabelBigram.load(files["bigram"], TOKENS)
+    bigram = LabelNgram.load(files["bigram"], TOKENS)
     options = ["--ilm", "bigram", "--ilm_file", str(files["bigram"])]
     found = decode(files, "transducer", tmp_path / "a", *options, "--ilm_weight", "0.5")
     own = decode(files, "transducer", tmp_path / "b", "--ilm_weight", "0.5")
@@ -58,7 +58,7 @@ def test_bigram_is_subtracted(files, tmp_path):
 def _log_prob(bigram, before, label):
     import torch
 
-    return float(bigram.rows(torch.tensor([before]))[0, label])
+    return float(bigram.rows(torch.tensor([[before]]))[0, label])
 
 
 def test_bigram_weights_are_tuned(files, tmp_path):

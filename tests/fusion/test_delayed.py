@@ -68,6 +68,13 @@ def foreign(lm, policy="every_n_frames", interval=1, prior=None):
     return DelayedFusion(lambda tree: WordPrefixes(tree, SPELLING, lm), policy, interval, prior)
 
 
+def replacing(lm, policy="every_n_frames", interval=1, prior=None):
+    """``foreign``, with the search's LM as stand-in."""
+    return DelayedFusion(
+        lambda tree: WordPrefixes(tree, SPELLING, lm), policy, interval, prior, stand_in=True
+    )
+
+
 def own(policy="every_n_frames", interval=1, prior=None, spelling=SPELLING):
     whole = policy == "every_word"
     return DelayedFusion(lambda tree: LabelPrefixes(tree, spelling, whole), policy, interval, prior)
@@ -236,17 +243,69 @@ def test_equals_the_simple_search(beam, interval):
             assert scores[labels] == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.parametrize("interval", [1, 3, 10])
+def test_stand_in_equals_the_simple_search(interval):
+    """Labels are scored by the search's LM until the LLM has read them."""
+    for seed in range(5):
+        log_probs, lm, table = peaky(seed, len(TOKENS), 30), TableWordLM(seed), TableLM(LABELS)
+
+        def late(t, prefix, inherited, lm=lm, table=table):
+            if (t + 1) % interval:
+                return inherited
+            pieces = [TOKENS[label + 1] for label in prefix]
+            begins = [i for i, piece in enumerate(pieces) if piece.startswith("\u2581")]
+            known = prefix[: begins[-1]] if begins else ()
+            stood_in = sum(float(table.row(known[:u])[y]) for u, y in enumerate(known))
+            return 0.6 * (lm.score(to_text([TOKENS[y + 1] for y in known])) - stood_in)
+
+        expected = simple_search(
+            log_probs.numpy(), 4, lm=table, lm_weight=0.6, end=False, bonus=0.4, late=late
+        )
+        search = CTC().search(4, replacing(lm, interval=interval), TableLM(LABELS))
+        state = search.step(search.start([WEIGHTED]), log_probs)
+        scores = {
+            tuple(state.tree.labels_of(int(node))): score
+            for node, score in zip(state.beam.node[0], state.beam.score[0])
+            if node >= 0
+        }
+        assert set(scores) == set(expected)
+        for labels, score in expected.items():
+            assert scores[labels] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["never", "every_n_frames"])
+def test_nothing_of_the_stand_in_is_left_in_the_end(model, policy):
+    """It decides which hypotheses live; their scores are the model's and the LLM's."""
+    for seed in range(3):
+        out, lm = model.utterance(seed), TableWordLM()
+        found = model.search(6, replacing(lm, policy, 3), TableLM(LABELS))(out, WEIGHTED, nbest=6)
+        for hyp in found:
+            external = 0.6 * lm.end(to_text([TOKENS[y + 1] for y in hyp.labels]))
+            assert hyp.external_lm == pytest.approx(external, abs=1e-6)
+            assert hyp.bonus == pytest.approx(0.4 * len(hyp.labels))
+            parts = hyp.acoustic + hyp.external_lm + hyp.bonus
+            assert hyp.total == pytest.approx(parts, abs=1e-6)
+        if policy == "never":  # the n-best list of the stand-in, ranked again
+            fused = model.search(6, Fusion(end=False), TableLM(LABELS))(out, WEIGHTED, nbest=6)
+            acoustic = {hyp.labels: hyp.acoustic for hyp in fused}
+            assert {hyp.labels for hyp in found} == set(acoustic)
+            for hyp in found:
+                assert hyp.acoustic == pytest.approx(acoustic[hyp.labels], abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------- behaviour
 
 
 @pytest.mark.parametrize("policy", ["never", "every_n_frames", "shortest", "every_word"])
-@pytest.mark.parametrize("vocabulary", ["foreign", "own"])
+@pytest.mark.parametrize("vocabulary", ["foreign", "own", "replacing"])
 def test_batches_and_chunks(model, policy, vocabulary):
     """Utterances of a batch and chunks of an utterance give what each whole one gives alone."""
 
     def search():
         if vocabulary == "foreign":
             return model.search(5, foreign(TableWordLM(), policy, 3))
+        if vocabulary == "replacing":
+            return model.search(5, replacing(TableWordLM(), policy, 3), TableLM(LABELS))
         return model.search(5, own(policy, 3), TableLM(LABELS))
 
     settings = [WEIGHTED, Scales(lm_weight=0.2)]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from espnet_llm_plugin.fusion.bigram import LabelBigram
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.ilm import WithBigramILM
 from espnet_llm_plugin.transducer.scorer import build_scorer
@@ -20,7 +20,7 @@ def bigram():
     sentences = [
         torch.randint(1, tiny.VOCAB - 1, (n % 5,), generator=generator).tolist() for n in range(20)
     ]
-    return LabelBigram.estimate(sentences, tiny.VOCAB)
+    return LabelNgram.estimate(sentences, tiny.VOCAB, 2)
 
 
 class TestSearchContract(SearchContract):
@@ -28,7 +28,7 @@ class TestSearchContract(SearchContract):
     max_labels = 3
 
     def case(self, seed):
-        bigram = LabelBigram.estimate([[2, 3], [3, 3, 1], [2]], tiny.VOCAB)
+        bigram = LabelNgram.estimate([[2, 3], [3, 3, 1], [2]], tiny.VOCAB, 2)
         frames = torch.randn(2, tiny.DIM, generator=torch.Generator().manual_seed(seed)) * 2
         return Case(WithBigramILM(build_scorer(tiny.rnnt().eval()), bigram), frames)
 
@@ -44,7 +44,7 @@ def test_what_is_subtracted_is_the_bigram_of_the_labels(bigram):
     for hyp in found:
         tokens = [tiny.VOCAB - 1, *(label + 1 for label in hyp.labels)]
         expected = sum(
-            float(bigram.rows(torch.tensor([a]))[0, b]) for a, b in itertools.pairwise(tokens)
+            float(bigram.rows(torch.tensor([[a]]))[0, b]) for a, b in itertools.pairwise(tokens)
         )
         assert hyp.lm == pytest.approx(-0.5 * expected, abs=1e-4)
     # the acoustic scores are the model's
@@ -63,6 +63,8 @@ def test_many_prefixes(bigram):
     assert len(state.tree) > 64
     for hyp in state.nbest(16)[0]:
         tokens = [tiny.VOCAB - 1, *(label + 1 for label in hyp.labels)]
-        rows = bigram.rows(torch.tensor(tokens[:-1])) if hyp.labels else torch.zeros(0, tiny.VOCAB)
+        rows = torch.zeros(0, tiny.VOCAB)
+        if hyp.labels:
+            rows = bigram.rows(torch.tensor(tokens[:-1])[:, None])
         expected = float(rows[torch.arange(len(rows)), torch.tensor(tokens[1:], dtype=int)].sum())
         assert hyp.lm == pytest.approx(-0.3 * expected, abs=1e-4)
