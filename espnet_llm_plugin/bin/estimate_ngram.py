@@ -9,7 +9,7 @@ import logging
 import sys
 from typing import Optional, Sequence
 
-from espnet_llm_plugin.errors import run_cli
+from espnet_llm_plugin.errors import UserError, run_cli
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -17,7 +17,8 @@ def get_parser() -> argparse.ArgumentParser:
         prog="python -m espnet_llm_plugin.bin.estimate_ngram", description=__doc__
     )
     parser.add_argument("--text", required=True, help="`utterance-id words ...` lines")
-    parser.add_argument("--token_list", required=True, help="tokens.txt of the recogniser")
+    parser.add_argument("--asr_train_config", help="config.yaml of the recogniser, or:")
+    parser.add_argument("--token_list", help="its tokens.txt")
     parser.add_argument("--bpemodel", help="its sentencepiece model, if there is one")
     parser.add_argument("--token_type", help="bpe, char or word (default: as the tokens look)")
     parser.add_argument("--order", type=int, default=4, help="tokens in an n-gram (default: 4)")
@@ -31,11 +32,24 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from tqdm import tqdm
 
     from espnet_llm_plugin.fusion.label_ngram import LabelNgram
+    from espnet_llm_plugin.inference.loading import read_train_config, require_file
     from espnet_llm_plugin.llm.perplexity import asr_tokenizer, read_text
     from espnet_llm_plugin.token_list import guess_token_type, read_token_list
 
-    tokens = read_token_list(args.token_list)
-    encode = asr_tokenizer(tokens, args.token_type or guess_token_type(tokens), args.bpemodel)
+    if bool(args.asr_train_config) == bool(args.token_list):
+        raise UserError("give the recogniser's tokens: --asr_train_config or --token_list")
+    token_type, bpemodel = args.token_type, args.bpemodel
+    if args.asr_train_config:
+        path = require_file(
+            args.asr_train_config, "--asr_train_config", "config.yaml of a training"
+        )
+        config = read_train_config(path)
+        tokens = list(config["token_list"])
+        token_type = token_type or config.get("token_type")
+        bpemodel = bpemodel or config.get("bpemodel")
+    else:
+        tokens = read_token_list(args.token_list)
+    encode = asr_tokenizer(tokens, token_type or guess_token_type(tokens), bpemodel)
     sentences = read_text(args.text, has_ids=True)
     progress = tqdm(sentences, unit="sentence", disable=not sys.stderr.isatty())
     ids = (encode(sentence) for sentence in progress)

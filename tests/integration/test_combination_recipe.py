@@ -110,6 +110,10 @@ def test_ctc_rows_are_tuned_and_decoded(loquacious):
         "delayed_prior": {
             **{**native, "fusion": "delayed", "fusion_interval": 10, "prior_file": prior}
         },
+        "delayed_ngram": {
+            **{**native, "fusion": "delayed", "fusion_interval": 10},
+            "fusion_ngram": "exp/lm_LLM/ngram4.npz",
+        },
         "label": {},
         "label_prior": {"prior_file": prior},
     }
@@ -123,6 +127,8 @@ def test_ctc_rows_are_tuned_and_decoded(loquacious):
         assert (call.get("--lm_exp") == "exp/lm_LLM") == name.startswith("label")
         required = [*REQUIRED, "--asr_train_config", "x", "--text", "x", "--config", str(config)]
         assert parse_with_configs(tune_fusion.get_parser(), required).beam_size == 16
+    (estimate,) = [words for words in tools if words[0] == "estimate_ngram"]
+    assert "exp/lm_stats_LLM/lm_train.txt" in estimate and "exp/lm_LLM/ngram4.npz" in estimate
     estimates = [words for words in tools if words[0] == "estimate_prior"]
     assert len(estimates) == 1 and prior in estimates[0] and estimates[0][-2:] == ("--ngpu", "1")
     assert "dump/raw/train_medium/wav.scp,speech,sound" in estimates[0]
@@ -201,7 +207,7 @@ def test_stages_that_are_not_asked_for(copy):
     _, _, tools = run(copy, "loquacious", *LOQUACIOUS, "--stop_stage", "11")
     assert tools == set()
     _, _, tools = run(copy, "loquacious", *LOQUACIOUS, "--stop_stage", "12")
-    assert {words[0] for words in tools} == {"estimate_prior", "rescore"}
+    assert {words[0] for words in tools} == {"estimate_prior", "estimate_ngram", "rescore"}
 
 
 @pytest.mark.parametrize("corpus", ["librispeech", "loquacious"])
@@ -210,7 +216,7 @@ def test_mini(copy, corpus):
     configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
     assert all((recipe / value).is_file() for value in configs)
     assert f"conf/{corpus}/mini/train_aed.yaml" in configs
-    assert len(by_tag(calls)) == 12  # 11 rows, and the training of the CTC model
+    assert len(by_tag(calls)) == 13  # 12 rows, and the training of the CTC model
     table = yaml.safe_load((recipe / "exp/mini/results_combination.yaml").read_text())
     assert table["cpu_time"] is True
 

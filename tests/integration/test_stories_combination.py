@@ -46,7 +46,7 @@ def settings(calls, recipe, root):
 
 
 def test_every_row_is_a_decoding_of_its_own(calls, root):
-    assert len(decodings(calls)) == len(rows(root)) == 27
+    assert len(decodings(calls)) == len(rows(root)) == 32
     for call in decodings(calls).values():
         assert call["--tune_tool"] == "tune_fusion"
 
@@ -65,6 +65,10 @@ def test_ways_to_combine(settings):
         },
         "label_prior": {"prior_file": f"{EXP}/offline_s1/asr_ctc/prior.json"},
         "label_b64": {"beam_size": 64},
+        "delayed10_ngram_b8": {
+            **{"fusion_llm": f"{EXP}/lm_native/llm", "fusion": "delayed", "fusion_interval": 10},
+            **{"fusion_ngram": f"{EXP}/lm_stories/ngram4.npz", "beam_size": 8},
+        },
     }.items():
         for before, after in zip(plain, settings(name)[1:]):
             assert after == {**before, **added}
@@ -105,6 +109,14 @@ def test_commands_know_the_settings(settings, recipe, root, monkeypatch):
         config = settings(name)[0]["--tune_config"]
         args = parse_with_configs(tune_fusion.get_parser(), ["--config", config, *required])
         assert args.lm_weights[:2] == [0.0, 0.1]
+
+
+def test_ngram_is_of_the_llms_text(recipe):
+    tools = (recipe / "tools").read_text()
+    directory = f"{EXP}/offline_s1/asr_ctc"
+    estimate = f"estimate_ngram\t--asr_train_config\t{directory}/config.yaml\t--text"
+    estimate += f"\t{EXP}/lm_stats_stories/lm_train.txt\t--output\t{EXP}/lm_stories/ngram4.npz"
+    assert estimate in tools
 
 
 def test_prior_is_estimated_once(recipe):

@@ -1,17 +1,18 @@
 # shellcheck shell=bash
 # Sourced by transducer_llama.sh, for `--system combination` of LibriSpeech and Loquacious: CTC, or CTC
 # and an attention decoder, combined with an LLM in the ways of arXiv 2603.15045. egs2/stories shares
-# the first two functions.
+# the first three functions.
 #
-#   fusion_lines HOW PRIOR          lines of a configuration for the words of a row
+#   fusion_lines HOW PRIOR NGRAM    lines of a configuration for the words of a row
 #   estimate_prior_of MODEL SET     the prior of a CTC model, once
+#   estimate_ngram_of MODEL TEXT FILE   an n-gram of LM text in a model's tokens, once
 #   combination_defaults CORPUS     what the user did not give, according to --mini
 #   combination                     CTC model, its prior; the LLM fine-tuned in its own tokens and in
 #                                   the pieces; CTC + AED -> rows of combination_rows.txt, each tuned
 #                                   on the valid set -> one table, <expdir>/RESULTS_combination.md
 # shellcheck disable=SC2034,SC2154  # transducer_llama.sh has the options and functions
 
-fusion_lines() { # how, file of the prior
+fusion_lines() { # how, files of the prior and the n-gram
     local word
     for word in $1; do
         case ${word} in
@@ -20,6 +21,7 @@ fusion_lines() { # how, file of the prior
             delayed=*) printf 'fusion: delayed\nfusion_interval: %d\n' "${word#*=}" ;;
             shortest | every_word) printf 'fusion: delayed\nfusion_policy: %s\n' "${word}" ;;
             prior) echo "prior_file: $2" ;;
+            ngram) echo "fusion_ngram: $3" ;;
             beam=*) echo "beam_size: ${word#*=}" ;;
             *) die "a row of combinations has an unknown word '${word}' in '$1'" ;;
         esac
@@ -30,6 +32,10 @@ estimate_prior_of() { # directory of the model, data directory
     [ -f "$1/prior.json" ] || tool estimate_prior --asr_train_config "$1/config.yaml" \
         --asr_model_file "$1/valid.loss.ave.pth" --output "$1/prior.json" \
         --data_path_and_name_and_type "$2/wav.scp,speech,sound" "${@:3}"
+}
+
+estimate_ngram_of() { # directory of the model, text, file
+    [ -f "$3" ] || tool estimate_ngram --asr_train_config "$1/config.yaml" --text "$2" --output "$3"
 }
 
 combination_defaults() { # name of the corpus
@@ -100,6 +106,9 @@ combination() {
     if [[ ${rows} = *prior* ]] && asked_for 12; then
         estimate_prior_of "${ctc}" "${dumpdir}/raw/$(training_set)" --ngpu "$(decoding_gpus)"
     fi
+    if [[ ${rows} = *ngram* ]] && asked_for 12; then
+        estimate_ngram_of "${ctc}" "${expdir}/lm_stats_${tag}/lm_train.txt" "${pieces}/ngram4.npz"
+    fi
     for row in ${rows}; do
         [ "${row}" = aed ] || "combine_$(cell "${row}" 2)" "${row}"
     done
@@ -112,7 +121,7 @@ asr_aed() { # options
 
 combine_ctc() { # row
     local options=() lines
-    lines=$(fusion_lines "$(cell "$1" 4)" "${ctc}/prior.json")
+    lines=$(fusion_lines "$(cell "$1" 4)" "${ctc}/prior.json" "${pieces}/ngram4.npz")
     case $(cell "$1" 3) in
         native) lines+=$'\n'"fusion_llm: ${native}" ;;
         pieces) options=(--use_lm true --lm_exp "${pieces}") ;;

@@ -23,6 +23,13 @@ estimate_prior() { # directory of a CTC model
         estimate_prior_of "$1" "dump/${name}/raw/train"
     ) 9> "exp/locks/${name}_$(basename "$(dirname "$1")")_prior"
 }
+estimate_ngram() { # directory of a model
+    train_lm stories # whose text it is
+    (
+        flock 9
+        estimate_ngram_of "$1" "${exp}/lm_stats_stories/lm_train.txt" "${exp}/lm_stories/ngram4.npz"
+    ) 9> "exp/locks/${name}_ngram"
+}
 # Lines of a configuration of tuning or decoding that say how a row combines.
 fusion_settings() { # row
     local use
@@ -32,5 +39,6 @@ fusion_settings() { # row
         # it was trained on whole stories: an utterance is no end for it
         [ "${use}" != "llm raw" ] || echo "lm_eos: none"
     fi
-    fusion_lines "$(field "$1" scales)" "$(place "$(field "$1" model)")/asr_$(field "$1" model)/prior.json"
+    fusion_lines "$(field "$1" scales)" "$(place "$(field "$1" model)")/asr_$(field "$1" model)/prior.json" \
+        "${exp}/lm_stories/ngram4.npz"
 }

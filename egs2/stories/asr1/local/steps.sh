@@ -67,6 +67,7 @@ run_row() {
         *) train_lm "${use#* }" ;;
     esac
     [[ ${scales} != *prior* ]] || estimate_prior "$(place "${model}")/asr_${model}"
+    [[ ${scales} != *ngram* ]] || estimate_ngram "$(place "${model}")/asr_${model}"
     [ -z "${from}" ] || given+=(--inference_asr_model valid.mwer_expected_errors.ave.pth)
     local grid=tune tuner=tune_fusion decode=decode
     if [ "${experiment}" = combination ]; then
