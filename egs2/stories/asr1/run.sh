@@ -23,6 +23,7 @@ cd "$(dirname "$0")"
 . ../../TEMPLATE/asr1/path.sh
 . ../../TEMPLATE/asr1/cmd.sh
 . ../../TEMPLATE/asr1/options.sh
+. ../../TEMPLATE/asr1/rows.sh
 
 size=small llm_source="" rows=main encoders=offline epochs="" seeds=1 jobs=2 stop_stage=13
 experiment=transducer stream=""
@@ -52,8 +53,11 @@ export OMP_NUM_THREADS=1
 . local/steps.sh
 
 restore_results
-# shellcheck disable=SC2086
-[ "${rows}" = none ] || selected=$(select_rows ${rows})
-[ "${rows}" = none ] || run_rows "${selected}"
+if [ "${rows}" != none ]; then
+    # shellcheck disable=SC2086
+    selected=$(select_rows ${rows})
+    prepare_data
+    [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
+fi
 stream_rows
 [ "${stop_stage}" -lt 13 ] || table

@@ -16,14 +16,6 @@ for encoder in ${encoders}; do
     [[ " offline 80 160 320 640 " == *" ${encoder} "* ]] ||
         die "--encoders has '${encoder}'; expected some of offline 80 160 320 640"
 done
-rows_of() { # all, a set, or names of rows
-    local word
-    for word in "$@"; do
-        awk -F ' *[|] *' -v word="${word}" '/^#/ {next} word == "all" || word == $1 || word == $2 {print $1; n++}
-            END {exit !n}' "${rows_file}" ||
-            die "--rows: there is neither a row nor a set '${word}'; see ${rows_file}"
-    done | awk '!seen[$0]++'
-}
 # The rows of --rows; what cannot be run is noticed before hours of work.
 select_rows() {
     local selected
@@ -36,7 +28,7 @@ select_rows() {
 field() { # row, column: model, use (of an LLM in decoding), scales or title
     local column
     case $2 in model) column=3 ;; use) column=4 ;; scales) column=5 ;; title) column=6 ;; esac
-    awk -F ' *[|] *' -v row="$1" -v column="${column}" '$1 == row {print $column}' "${rows_file}"
+    column_of "$1" "${column}"
 }
 tag_of() { # row
     local tag use
@@ -139,28 +131,6 @@ decodable() {
     local model
     model=$(field "$1" model)
     [ -f "$(place "${model}")/asr_${model}/.begun" ]
-}
-# Several workers go through the same units and do what no other has begun.
-work() {
-    local unit words
-    while read -r unit; do
-        mkdir "${claims}/${unit// /_}" 2> /dev/null || continue
-        read -ra words <<< "${unit}"
-        echo "=== ${unit}"
-        run_unit "${words[@]}" < /dev/null
-    done <<< "${units}"
-}
-run_rows() { # names, a line each
-    local units claims worker failed=0 first=${#job_pids[@]}
-    prepare_data
-    [ "${stop_stage}" -gt 5 ] || return 0
-    # shellcheck disable=SC2086
-    units=$(units_of $1)
-    claims=$(mktemp -d)
-    for worker in $(seq "${jobs}"); do start_job work "${worker}"; done
-    for worker in $(seq "${jobs}"); do wait "${job_pids[first + worker - 1]}" || failed=1; done
-    rm -r "${claims}"
-    [ "${failed}" = 0 ] || die "some rows failed (see above); the same command continues"
 }
 
 # --- streaming, sample by sample --------------------------------------------------------------------

@@ -1,0 +1,127 @@
+# shellcheck shell=bash
+# Sourced by experiment.sh: what a model's name says, and its training.
+# shellcheck disable=SC2034,SC2154  # experiment.sh sets the options; describe sets variables of its
+# callers
+
+# `recipe LOCK ...` is asr_llm.sh. Who needs the same thing at the same time waits for the lock and
+# then finds it finished.
+recipe() {
+    mkdir -p exp/locks
+    flock "exp/locks/$1" ../../TEMPLATE/asr1/asr_llm.sh --nj 1 --inference_nj 1 --nbpe "${nbpe}" \
+        --datadir "${data}" --dumpdir "${dump}" --expdir "${exp}" "${@:2}"
+}
+tool() { python3 -m "espnet_llm_plugin.bin.$1" "${@:2}"; }
+config() { echo "conf/indic/experiment/$1.yaml"; }
+
+# --- data -----------------------------------------------------------------------------------------
+less_of="bn te kn" # in train_low
+prepare_data() {
+    # shellcheck disable=SC2086
+    tool make_mini_corpus fleurs "${data}/corpus" ${sizes} --nj "${jobs}"
+    recipe "${size}_data" --stop_stage 5 --nj "${jobs}" --bpe_train_text "${data}/balanced_text" \
+        --bpe_normalization nfkc --local_data_opts "--fleurs ${data}/corpus --datadir ${data}
+            --nj ${jobs} --langs hi bn ta te ml kn gu mr pa ur"
+    local train=${dump}/raw/train low=${dump}/raw/train_low
+    # Every tenth utterance of some languages, all of the others.
+    awk -v less="${less_of}" 'BEGIN {split(less, names, " "); for (i in names) few[names[i]] = 1}
+        !($2 in few) || n[$2]++ % 10 == 0' "${train}/utt2lang" > "${train}/utt2lang_low"
+    tool subset_data_dir "${train}" "${low}" --utt_list "${train}/utt2lang_low"
+}
+set_of() { # model
+    if [[ $1 == *_low ]]; then echo train_low; else echo train; fi
+}
+
+# --- LLMs that can copy ---------------------------------------------------------------------------
+least_copying=0.8
+[ "${size}" != tiny ] || least_copying=0
+train_lm() { # copy or copy_small
+    local settings=train_copy_llama figures=${exp}/lm_$1/copying.json
+    [ "$1" = copy ] || settings+=_small
+    recipe "${size}_$1" --skip_data_prep true --use_lm true --lm_tag "$1" --lm_args "${lm_args}" \
+        --lm_config "$(config "${settings}")"
+    [ "${figures}" -nt "${exp}/lm_$1/llm/config.json" ] ||
+        tool copy_accuracy --llm "${exp}/lm_$1/llm" --text "${dump}/raw/dev/text" \
+            --output "${figures}" --require "acc_copy=${least_copying}"
+}
+
+# --- recognisers ----------------------------------------------------------------------------------
+place() { # model; everything of a seed is in one directory, the CTC does not depend on the epochs
+    case $1 in
+        ctc*) echo "${exp}/s${seed}" ;;
+        *) echo "${exp}/e${epochs}_s${seed}" ;;
+    esac
+}
+# Sets `lm` and `options` of training from the words of a model's name.
+describe() {
+    local word words loss tap
+    lm=copy options=""
+    IFS=_ read -ra words <<< "$1"
+    for word in "${words[@]}"; do
+        case ${word} in
+            frozen | lora | full) options+=" --decoder_conf tuning=${word}" ;;
+            rnnt* | ctc*)
+                loss=${word%-*} tap=llm_prefix
+                [[ ${word} != *-* ]] || tap=${word#*-}
+                options+=" --model_conf auxiliary=[$(head_of "${loss}" "${tap}")]"
+                ;;
+            lang)
+                options+=" --decoder_conf soft_prompt=per_language"
+                options+=" --decoder_conf soft_prompt_conf.languages=[hi,bn,ta,te,ml,kn,gu,mr,pa,ur]"
+                ;;
+            predict) options+=" --decoder_conf language_prediction=true" ;;
+            small) lm=copy_small ;;
+            low) ;; # set_of
+            *) die "model '$1' has the unknown word '${word}'" ;;
+        esac
+    done
+}
+# An entry of `auxiliary`, as YAML without spaces. The same name everywhere, for the table.
+head_of() { # loss, tap
+    local more=""
+    [ "$1" = ctc ] || more=',"predictor_dim":128,"joint_dim":256'
+    echo "{\"loss\":\"$1\",\"tap\":\"$2\",\"name\":\"aux\"${more}}"
+}
+# Options of the scheduler: one cosine over the whole training, a tenth of it to warm up.
+schedule() { # epochs, training set
+    local utterances steps
+    utterances=$(wc -l < "${dump}/raw/$2/text")
+    steps=$(($1 * ((utterances + 15) / 16)))
+    echo "--max_epoch $1 --scheduler_conf first_cycle_steps=${steps}" \
+        "--scheduler_conf warmup_steps=$((steps / 10))"
+}
+asr() { # model, what is done, options
+    local directory set lock settings=train_speech_llm
+    directory=$(place "$1")
+    set=$(set_of "$1")
+    lock=${size}_$(basename "${directory}")_$1_$2
+    [ "$2" != stats ] || lock=${size}_stats_${set}
+    [[ $1 != ctc* ]] || settings=train_ctc
+    recipe "${lock}" --skip_data_prep true --expdir "${directory}" \
+        --train_set "${set}" --asr_stats_dir "${exp}/asr_stats_${set}" --asr_tag "$1" \
+        --asr_config "$(config "${settings}")" "${@:3}"
+}
+train_model() {
+    local set ctc=ctc lm options
+    set=$(set_of "$1")
+    [ "${set}" = train ] || ctc=ctc_low
+    if [[ $1 == ctc* ]]; then
+        asr "$1" stats --stage 10 --stop_stage 10 # shared by all seeds
+        asr "$1" train --skip_eval true --stop_stage 11 \
+            --asr_args "$(schedule "${ctc_epochs}" "${set}") --seed ${seed}"
+        return
+    fi
+    train_model "${ctc}"
+    describe "$1"
+    train_lm "${lm}"
+    asr "$1" train --skip_eval true --stop_stage 11 \
+        --pretrained_model "$(place ctc)/asr_${ctc}/valid.loss.ave.pth:encoder:encoder" \
+        --asr_args "$(schedule "${epochs}" "${set}") --seed ${seed}
+            --decoder_conf llm=${exp}/lm_${lm}/llm ${options}"
+    report_gap "$(place "$1")/asr_$1"
+}
+# Nats per token by which another utterance's audio is worse: about 0, and the LLM ignores the audio.
+report_gap() { # experiment
+    [ ! -f "$1/train.log" ] || sed -nE \
+        "s|.*epoch results:.*shuffled_gap=([^,]+).*|=== $1: shuffled-audio gap \\1|p" \
+        "$1/train.log" | tail -n 1
+}
