@@ -15,6 +15,8 @@
                                             # "cpu_rtf" and "cpu_seconds" instead of "rtf" and
                                             # "seconds" below: for figures of a busy machine
     utt2lang: {test: dump/test/utt2lang}    # optional: tables by language of these data sets
+    training: [wer_llm, aux_per_label]      # optional: table of these statistics of the validation
+                                            # set after the last epoch of "train_log"
     systems:
       - name: RNN-T
         test: exp/asr_rnnt/decode/test      # scored directory, or {data set: directory, ...}
@@ -64,6 +66,7 @@ from espnet_llm_plugin.scoring.result_files import (
     read_rtf,
     read_table,
 )
+from espnet_llm_plugin.scoring.training_log import last_statistics
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 from espnet_llm_plugin.scoring.wer import Summary
 
@@ -71,7 +74,7 @@ SCALES = ("alpha", "beta", "ctc_weight", "textlm_weight", "label_bonus", "penalt
 SCALES += ("ilm_weight", "prior_weight", "length_bonus", "length_norm")
 
 _TOP_KEYS = {"command", "notes", "baseline", "seeds", "unfinished", "cpu_time", "systems"}
-_TOP_KEYS |= {"utt2lang"}
+_TOP_KEYS |= {"utt2lang", "training"}
 _SYSTEM_KEYS = {"name", "group", "command", "test", "dev", "scales", "dev_nll", "perplexity"}
 _SYSTEM_KEYS |= {"rtf", "time", "train_log"}
 _SEED = "{seed}"
@@ -122,6 +125,7 @@ class System:
     audio_gap: Optional[float] = None  # speech LLM: nats per token lost with wrong audio, on dev
     group: Optional[str] = None
     command: Optional[str] = None
+    training: dict[str, float] = field(default_factory=dict)  # statistics of the last epoch
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Results:
     command: Optional[str]
     notes: Optional[str]
     utt2lang: dict[str, str] = field(default_factory=dict)  # by test set
+    training: list[str] = field(default_factory=list)  # statistics that are reported
 
     def groups(self) -> dict[Optional[str], list[System]]:
         """Systems by their groups, in order of appearance."""
@@ -176,7 +181,12 @@ def load_results(path: Union[str, Path]) -> Results:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: systems must be a list of mappings")
     cpu = "cpu_" if config.get("cpu_time") is True else ""
-    reader = _Reader(_seeds(path, config.get("seeds")), config.get("unfinished") is True, cpu)
+    reader = _Reader(
+        _seeds(path, config.get("seeds")),
+        config.get("unfinished") is True,
+        cpu,
+        _training(path, config.get("training")),
+    )
     systems = [
         _load_system(f"{path}: system {n}", entry, reader) for n, entry in enumerate(entries, 1)
     ]
@@ -196,6 +206,7 @@ def load_results(path: Union[str, Path]) -> Results:
         command=config.get("command"),
         notes=config.get("notes"),
         utt2lang=config.get("utt2lang") or {},
+        training=reader.training,
     )
     if not results.tests():
         raise UserError(f"{path}: not one of its systems has been scored yet")
@@ -212,6 +223,13 @@ def _seeds(path: Union[str, Path], value: Any) -> list[int]:
     value = [] if value is None else value
     if not isinstance(value, list) or any(type(seed) is not int for seed in value):
         raise UserError(f"{path}: seeds must be a list of integers, not {value!r}")
+    return value
+
+
+def _training(path: Union[str, Path], value: Any) -> list[str]:
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: training must be a list of names of statistics, not {value!r}")
     return value
 
 
@@ -235,6 +253,7 @@ class _Reader:
     seeds: list[int]
     unfinished: bool
     clock: str = ""  # before the names of times: "" of the clock, "cpu_" of the CPU
+    training: list[str] = field(default_factory=list)
 
     def each(self, path: Union[str, Path]) -> Iterator[tuple[Optional[int], str]]:
         """Seed and path; one pair with None if the path has no ``{seed}``."""
@@ -258,6 +277,14 @@ class _Reader:
             return None
         found = self.present(dict(self.each(path)))
         return statistics.fmean(map(read, found.values())) if found else None
+
+    def statistics(self, log: Optional[str]) -> dict[str, float]:
+        """Means over the seeds of the statistics ``training`` that a log has."""
+        if log is None or not self.training:
+            return {}
+        logs = [last_statistics(one) for one in self.present(dict(self.each(log))).values()]
+        found = {name: [one[name] for one in logs if name in one] for name in self.training}
+        return {name: statistics.fmean(values) for name, values in found.items() if values}
 
     def data_set(self, directory: Union[str, Path]) -> Optional[DataSet]:
         """What was scored there; None if nothing is finished."""
@@ -291,6 +318,7 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
         audio_gap=reader.mean(entry.get("train_log"), read_gap),
         group=entry.get("group"),
         command=entry.get("command"),
+        training=reader.statistics(entry.get("train_log")),
     )
 
 

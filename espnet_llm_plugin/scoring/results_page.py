@@ -55,6 +55,14 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
     return [header[n] for n in filled], [[row[n] for n in filled] for row in rows]
 
 
+def training(results: Results, group: Optional[str] = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the statistics of training; systems without any are left out."""
+    systems = [system for system in results.groups()[group] if system.training]
+    names = [name for name in results.training if any(name in s.training for s in systems)]
+    rows = [[s.name, *(_number(s.training.get(name), "{:.3f}") for name in names)] for s in systems]
+    return ["system", *names], rows
+
+
 def _scales(scales: dict[str, float]) -> str:
     return ", ".join(f"{_SCALE_NAMES[name]} {value:g}" for name, value in scales.items())
 
@@ -98,6 +106,9 @@ def summarize(results: Results, resamples: int, seed: int) -> Summary:
     for group in results.groups():
         tables.append(("" if group is None else f"### {group}", *comparison(results, group)))
         tables += language_tables(results, group)
+        header, rows = training(results, group)
+        if rows:
+            tables.append(("The validation set after the last epoch of training", header, rows))
         for test in results.tests():
             for baseline in results.baselines:
                 header, rows = paired(results, test, baseline, group, resamples, seed)

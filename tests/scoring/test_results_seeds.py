@@ -11,6 +11,7 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring import results_page
 from espnet_llm_plugin.scoring.bootstrap import error_rate_interval, paired_difference
 from espnet_llm_plugin.scoring.results import load_results
+from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.training_log import last_statistics
 from tests.scoring.test_results import score_set
 
@@ -162,6 +163,15 @@ def test_weights_and_audio_gap_of_a_speech_llm(recipe):
     row = rows_of(load_results("results.yaml"), "5 epochs")[0]
     assert row["audio gap"] == "2.00"
     assert row["scales"] == "CTC 0.5, LLM without audio 0.25, bonus 1.5, LM 0.1, length norm 0"
+    # Other statistics by name: means over the logs that have them.
+    (recipe / "results.yaml").write_text("training: [acc, shuffled_gap, no_such]\n" + config)
+    page = results_page.summarize(load_results("results.yaml"), 10, 0).text(markdown)
+    assert "last epoch of training\n\n|system|acc|shuffled_gap|\n" in page
+    assert page.count("|0.500|2.000|\n") == 1
+    (recipe / "results.yaml").write_text("training: acc\n" + config)
+    with pytest.raises(UserError, match="training must be a list of names"):
+        load_results("results.yaml")
+    (recipe / "results.yaml").write_text(config)
     (recipe / "exp/e5_s1/train.log").write_text(epochs.format(n=1, gap=""))
     with pytest.raises(UserError, match="no epoch with shuffled_gap"):
         load_results("results.yaml")

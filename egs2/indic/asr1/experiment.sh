@@ -27,9 +27,9 @@ read_options "size rows epochs seeds jobs stop_stage" "$@"
 # Utterances of train (of the four largest languages, then a half, then a third), dev and test.
 # shellcheck disable=SC2034  # used by the steps
 case ${size} in
-    full) sizes="--train 240 --dev 10 --test 40" nbpe=500 ctc_epochs=14 lm_args="" ;;
+    full) sizes="--train 240 --dev 10 --test 40" nbpe=1100 ctc_epochs=12 lm_args="" ;;
     tiny)
-        sizes="--train 12 --dev 2 --test 2" nbpe=400 ctc_epochs=1
+        sizes="--train 12 --dev 2 --test 2" nbpe=600 ctc_epochs=1
         epochs=${epochs:-1} lm_args="--max_epoch 1 --num_iters_per_epoch 10"
         ;;
     *) die "--size is '${size}'; expected full or tiny" ;;

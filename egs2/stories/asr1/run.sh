@@ -23,7 +23,6 @@ cd "$(dirname "$0")"
 . ../../TEMPLATE/asr1/path.sh
 . ../../TEMPLATE/asr1/cmd.sh
 . ../../TEMPLATE/asr1/options.sh
-. ../../TEMPLATE/asr1/rows.sh
 
 size=small llm_source="" rows=main encoders=offline epochs="" seeds=1 jobs=2 stop_stage=13
 experiment=transducer stream=""

@@ -3,11 +3,14 @@
 # shellcheck disable=SC2034,SC2154  # experiment.sh sets the options; describe sets variables of its
 # callers
 
+# Few words occur, so that pieces can be long (16 a sentence): unigram pieces would not, and CTC needs
+# as many embeddings of the audio.
 # `recipe LOCK ...` is asr_llm.sh. Who needs the same thing at the same time waits for the lock and
 # then finds it finished.
 recipe() {
     mkdir -p exp/locks
-    flock "exp/locks/$1" ../../TEMPLATE/asr1/asr_llm.sh --nj 1 --inference_nj 1 --nbpe "${nbpe}" \
+    flock "exp/locks/$1" ../../TEMPLATE/asr1/asr_llm.sh --nj 1 --inference_nj 1 \
+        --bpemode bpe --nbpe "${nbpe}" --bpe_train_text "${data}/balanced_text" --bpe_normalization nfkc \
         --datadir "${data}" --dumpdir "${dump}" --expdir "${exp}" "${@:2}"
 }
 tool() { python3 -m "espnet_llm_plugin.bin.$1" "${@:2}"; }
@@ -18,8 +21,7 @@ less_of="bn te kn" # in train_low
 prepare_data() {
     # shellcheck disable=SC2086
     tool make_mini_corpus fleurs "${data}/corpus" ${sizes} --nj "${jobs}"
-    recipe "${size}_data" --stop_stage 5 --nj "${jobs}" --bpe_train_text "${data}/balanced_text" \
-        --bpe_normalization nfkc --local_data_opts "--fleurs ${data}/corpus --datadir ${data}
+    recipe "${size}_data" --stop_stage 5 --nj "${jobs}" --local_data_opts "--fleurs ${data}/corpus --datadir ${data}
             --nj ${jobs} --langs hi bn ta te ml kn gu mr pa ur"
     local train=${dump}/raw/train low=${dump}/raw/train_low
     # Every tenth utterance of some languages, all of the others.

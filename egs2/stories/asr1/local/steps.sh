@@ -3,6 +3,7 @@
 # shellcheck disable=SC2034,SC2154  # run.sh sets the options; a unit of work sets encoder, epochs and
 # seed; describe (models.sh) sets variables of its callers, of which some need only some
 
+. ../../TEMPLATE/asr1/rows.sh
 case ${experiment} in
     transducer) rows_file=local/rows.txt first_lm=stories part="" ;;
     speech_llm) rows_file=local/speech_llm_rows.txt first_lm=copy part=_speech_llm ;;

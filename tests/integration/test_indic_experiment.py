@@ -1,0 +1,185 @@
+"""egs2/indic/asr1/experiment.sh: what its rows train and decode, and a run of one of them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.test_stories_recipe import copy_recipe, decodings, trainings
+
+pytestmark = pytest.mark.integration
+
+ROWS = [
+    [field.strip() for field in line.split("|")]
+    for line in (Path(__file__).parents[2] / "egs2/indic/asr1/local/experiment_rows.txt").open()
+    if not line.startswith("#")
+]
+EXP = "exp/experiment_full"
+HERE = f"{EXP}/e8_s1"
+
+
+def launch(recipe, *arguments, python):
+    return subprocess.run(
+        ["./experiment.sh", *arguments],
+        cwd=recipe,
+        env={**os.environ, "PATH": f"{python}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def run(recipe, *arguments, status=0):
+    """Options of each call of asr_llm.sh, or what went wrong."""
+    for name in ("calls", "tools"):
+        (recipe / name).unlink(missing_ok=True)
+    result = launch(recipe, *arguments, python=recipe.parents[2] / "bin")
+    assert result.returncode == status, result.stdout + result.stderr
+    if status:
+        return result.stderr
+    lines = (line.split("\t") for line in (recipe / "calls").read_text().split("\t\n")[:-1])
+    return [dict(zip(words[::2], words[1::2])) for words in lines]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, root):
+    """A copy in which nothing is trained, with transcripts to count."""
+    recipe = copy_recipe(tmp_path_factory.mktemp("experiment"), root).parents[1] / "indic/asr1"
+    for name, count in (("train", 1600), ("train_low", 1060)):
+        directory = recipe / "dump/experiment_full/raw" / name
+        directory.mkdir(parents=True)
+        (directory / "text").write_text("x\n" * count)
+    kept = recipe / "dump/experiment_full/raw/train"
+    languages = [("bn", 25), ("hi", 7), ("kn", 5)]
+    (kept / "utt2lang").write_text(
+        "".join(f"{lang}_{n} {lang}\n" for lang, count in languages for n in range(count))
+    )
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def calls(recipe):
+    return run(recipe, "--rows", "all")
+
+
+def test_every_row_is_a_decoding_of_its_own(calls):
+    found = decodings(calls)
+    assert len(ROWS) == len({row[0] for row in ROWS}) == len({row[4] for row in ROWS})
+    assert len(found) == len(ROWS)
+    for _, _, model, languages, _ in ROWS:
+        tag = "decode" if languages == "utt2lang" else f"decode_{languages}"
+        place = f"{EXP}/s1" if model == "ctc" else HERE
+        call = found[f"{place}/asr_{model}/{tag}"]
+        assert call["--inference_lang"] == languages
+        decode = "decode_ctc" if model == "ctc" else "decode"
+        assert call["--inference_config"] == f"conf/indic/experiment/{decode}.yaml"
+
+
+def test_configurations_are_used_and_there(calls, root):
+    used = {v for call in calls for v in call.values() if v.startswith("conf/indic/experiment/")}
+    there = {str(p.relative_to(root)) for p in (root / "conf/indic/experiment").iterdir()}
+    assert there - used == {"conf/indic/experiment/results.yaml"} and used <= there
+
+
+def test_rows_vary_one_option(calls):
+    """Every training has the options of the baseline but for what its row is about."""
+    found = trainings(calls)
+
+    def options(model):
+        words = found[f"{HERE}/asr_{model}"]["--asr_args"].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def auxiliary(loss, tap):
+        more = {"predictor_dim": 128, "joint_dim": 256} if loss == "rnnt" else {}
+        return [{"loss": loss, "tap": tap, "name": "aux", **more}]
+
+    base = options("frozen")
+    assert base["llm"] == f"{EXP}/lm_copy/llm" and base["tuning"] == "frozen"
+    assert base["first_cycle_steps"] == "800" and base["warmup_steps"] == "80"
+    languages = {
+        "soft_prompt": "per_language",
+        "soft_prompt_conf.languages": ["hi", "bn", "ta", "te", "ml", "kn", "gu", "mr", "pa", "ur"],
+    }
+    rnnt = {"auxiliary": auxiliary("rnnt", "llm_prefix")}
+    for model, new in (
+        ("frozen_rnnt", rnnt),
+        ("frozen_lang", languages),
+        ("frozen_rnnt_lang", {**rnnt, **languages}),
+        ("frozen_ctc-encoder", {"auxiliary": auxiliary("ctc", "encoder")}),
+        ("frozen_rnnt-adapter", {"auxiliary": auxiliary("rnnt", "adapter")}),
+        ("lora", {"tuning": "lora"}),
+        ("full_rnnt", {"tuning": "full", **rnnt}),
+        ("frozen_small", {"llm": f"{EXP}/lm_copy_small/llm"}),
+        ("frozen_rnnt_lang_predict", {**rnnt, **languages, "language_prediction": True}),
+        ("frozen_low", {"first_cycle_steps": 536, "warmup_steps": 53}),
+    ):
+        changed = {key: value for key, value in options(model).items() if base.get(key) != value}
+        assert {key: yaml.safe_load(value) for key, value in changed.items()} == new, model
+
+
+def test_a_part_of_some_languages(calls, recipe):
+    found = trainings(calls)
+    for directory, call in found.items():
+        low = directory.endswith("_low")
+        assert call["--train_set"] == ("train_low" if low else "train")
+        assert call["--asr_stats_dir"] == f"{EXP}/asr_stats_{call['--train_set']}"
+        if "ctc_" not in directory and not directory.endswith("asr_ctc"):
+            ctc = f"{EXP}/s1/asr_ctc{'_low' if low else ''}/valid.loss.ave.pth"
+            assert call["--pretrained_model"] == f"{ctc}:encoder:encoder"
+    kept = (recipe / "dump/experiment_full/raw/train/utt2lang_low").read_text().split()[::2]
+    assert kept == ["bn_0", "bn_10", "bn_20", *(f"hi_{n}" for n in range(7)), "kn_0"]
+
+
+def test_the_table_has_every_row(recipe, calls):
+    config = yaml.safe_load((recipe / EXP / "results.yaml").read_text())
+    assert [entry["name"] for entry in config["systems"]] == [row[4] for row in ROWS]
+    assert set(config["baseline"]) <= {row[4] for row in ROWS}
+    assert config["seeds"] == [1] and config["unfinished"] is True
+    low = next(entry for entry in config["systems"] if "tenth" in entry["name"])
+    assert low["test"] == f"{EXP}/e8_s{{seed}}/asr_frozen_low/decode/test"
+    assert set(low["time"]) == {
+        f"{EXP}/{name}/time.json"
+        for name in ("e8_s{seed}/asr_frozen_low", "s{seed}/asr_ctc_low", "lm_copy")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "frozen frosen"], "neither a row nor a set 'frosen'"),
+        (["--size", "huge"], "--size is 'huge'; expected full or tiny"),
+        (["--row", "frozen"], "unknown option --row"),
+    ],
+)
+def test_mistakes_end_in_one_message(recipe, arguments, message):
+    assert message in run(recipe, *arguments, status=2)
+
+
+def test_a_row_from_data_to_table(tmp_path, root):
+    pytest.importorskip("espeakng_loader", reason="espeakng-loader (extra `demo`) is not installed")
+    pytest.importorskip("indicnlp", reason="indic-nlp-library (extra `indic`) is not installed")
+    ignore = shutil.ignore_patterns("exp", "dump", "data")
+    shutil.copytree(root / "egs2", tmp_path / "egs2", symlinks=True, ignore=ignore)
+    shutil.copytree(root / "conf", tmp_path / "conf")
+    recipe = tmp_path / "egs2/indic/asr1"
+    arguments = ["--size", "tiny", "--rows", "frozen_rnnt_lang_unk", "--jobs", "2"]
+    python = Path(sys.executable).parent
+    result = launch(recipe, *arguments, python=python)
+    assert result.returncode == 0, result.stdout + result.stderr
+    page = (recipe / "exp/experiment_tiny/RESULTS_experiment.md").read_text()
+    name = "frozen + RNN-T + languages, unknown"
+    assert re.search(rf"^\|{re.escape(name)}\|[\d.]+\|", page, re.MULTILINE)
+    assert "|frozen + RNN-T|not run|" in page
+    assert "|system|ce_per_token|shuffled_gap|wer_llm|aux_per_label|wer_aux|" in page
+    decoded = recipe / "exp/experiment_tiny/e1_s1/asr_frozen_rnnt_lang/decode_unk/test"
+    assert json.loads((decoded / "scores.json").read_text())["wer"]["sentences"] == 20
+    assert set((decoded / "lang").read_text().split()[1::2]) == {"unk"}
+    # only the table again, from the archive alone
+    (recipe / "results.zip").unlink(missing_ok=True)
+    again = launch(recipe, "--size", "tiny", "--rows", "none", python=python)
+    assert again.returncode == 0, again.stderr
