@@ -76,6 +76,9 @@ def test_every_row_is_a_decoding_of_its_own(calls):
         place = f"{EXP}/s1" if model == "ctc" else HERE
         call = found[f"{place}/asr_{model}/{tag}"]
         assert call["--inference_lang"] == languages
+        # asr_llm.sh gives the languages to models whose options say that they have prompts of them
+        prompts = "soft_prompt=per_language" in call.get("--asr_args", "")
+        assert prompts == ("lang" in model)
         decode = "decode_ctc" if model == "ctc" else "decode"
         assert call["--inference_config"] == f"conf/indic/experiment/{decode}.yaml"
 
@@ -175,7 +178,7 @@ def test_a_row_from_data_to_table(tmp_path, root):
     name = "frozen + RNN-T + languages, unknown"
     assert re.search(rf"^\|{re.escape(name)}\|[\d.]+\|", page, re.MULTILINE)
     assert "|frozen + RNN-T|not run|" in page
-    assert "|system|ce_per_token|shuffled_gap|wer_llm|aux_per_label|wer_aux|" in page
+    assert "|system|ce_per_token|acc|shuffled_gap|wer_llm|aux_per_label|wer_aux|" in page
     decoded = recipe / "exp/experiment_tiny/e1_s1/asr_frozen_rnnt_lang/decode_unk/test"
     assert json.loads((decoded / "scores.json").read_text())["wer"]["sentences"] == 20
     assert set((decoded / "lang").read_text().split()[1::2]) == {"unk"}

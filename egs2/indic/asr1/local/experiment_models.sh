@@ -43,7 +43,7 @@ train_lm() { # copy or copy_small
         --lm_config "$(config "${settings}")"
     [ "${figures}" -nt "${exp}/lm_$1/llm/config.json" ] ||
         tool copy_accuracy --llm "${exp}/lm_$1/llm" --text "${dump}/raw/dev/text" \
-            --output "${figures}" --require "acc_copy=${least_copying}"
+            --output "${figures}" --require "acc_random=${least_copying}"
 }
 
 # --- recognisers ----------------------------------------------------------------------------------
@@ -91,6 +91,12 @@ schedule() { # epochs, training set
     echo "--max_epoch $1 --scheduler_conf first_cycle_steps=${steps}" \
         "--scheduler_conf warmup_steps=$((steps / 10))"
 }
+training_of() { # model with an LLM: all options of its training
+    local lm options
+    describe "$1"
+    echo "$(schedule "${epochs}" "$(set_of "$1")") --seed ${seed}" \
+        "--decoder_conf llm=${exp}/lm_${lm}/llm ${options}"
+}
 asr() { # model, what is done, options
     local directory set lock settings=train_speech_llm
     directory=$(place "$1")
@@ -117,8 +123,7 @@ train_model() {
     train_lm "${lm}"
     asr "$1" train --skip_eval true --stop_stage 11 \
         --pretrained_model "$(place ctc)/asr_${ctc}/valid.loss.ave.pth:encoder:encoder" \
-        --asr_args "$(schedule "${epochs}" "${set}") --seed ${seed}
-            --decoder_conf llm=${exp}/lm_${lm}/llm ${options}"
+        --asr_args "$(training_of "$1")"
     report_gap "$(place "$1")/asr_$1"
 }
 # Nats per token by which another utterance's audio is worse: about 0, and the LLM ignores the audio.

@@ -12,19 +12,20 @@ decoding_of() { # row
     echo "$(place "${model}")/asr_${model}/${tag}"
 }
 run_row() {
-    local model decode=decode
+    local model given=(--inference_config "$(config decode_ctc)")
     model=$(model_of "$1")
     train_model "${model}"
-    [ "${model#ctc}" = "${model}" ] || decode=decode_ctc
-    asr "${model}" "$(basename "$(decoding_of "$1")")" --skip_train true \
-        --inference_config "$(config "${decode}")" --inference_lang "$(column_of "$1" 4)" \
-        --inference_tag "$(basename "$(decoding_of "$1")")"
+    # The options of training say that there are soft prompts of languages.
+    [[ ${model} = ctc* ]] || given=(--inference_config "$(config decode)"
+        --inference_asr_model valid.ce_per_token.ave.pth --asr_args "$(training_of "${model}")")
+    asr "${model}" "$(basename "$(decoding_of "$1")")" --skip_train true "${given[@]}" \
+        --inference_lang "$(column_of "$1" 4)" --inference_tag "$(basename "$(decoding_of "$1")")"
 }
 units_of() { # rows
     local seed row
     for seed in ${seeds}; do
         echo "ctc ${seed}"
-        [ "${seed}" != "${seeds%% *}" ] || echo "lm"
+        [ "${seed}" != "${seeds%% *}" ] || [ "$*" = ctc ] || echo "lm"
         for row in "$@"; do echo "row ${seed} ${row}"; done
     done
 }
