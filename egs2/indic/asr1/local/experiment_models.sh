@@ -43,7 +43,7 @@ train_lm() { # copy or copy_small
         --lm_config "$(config "${settings}")"
     [ "${figures}" -nt "${exp}/lm_$1/llm/config.json" ] ||
         tool copy_accuracy --llm "${exp}/lm_$1/llm" --text "${dump}/raw/dev/text" \
-            --output "${figures}" --require "acc_random=${least_copying}"
+            --output "${figures}" --require "acc_copy=${least_copying}"
 }
 
 # --- recognisers ----------------------------------------------------------------------------------
