@@ -52,11 +52,6 @@ export OMP_NUM_THREADS=1
 . local/steps.sh
 
 restore_results
-if [ "${rows}" != none ]; then
-    # shellcheck disable=SC2086
-    selected=$(select_rows ${rows})
-    prepare_data
-    [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
-fi
+[ "${rows}" = none ] || run_selected
 stream_rows
 [ "${stop_stage}" -lt 13 ] || table

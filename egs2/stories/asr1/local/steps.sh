@@ -133,6 +133,13 @@ decodable() {
     model=$(field "$1" model)
     [ -f "$(place "${model}")/asr_${model}/.begun" ]
 }
+run_selected() {
+    local selected
+    # shellcheck disable=SC2086
+    selected=$(select_rows ${rows})
+    prepare_data
+    [ "${stop_stage}" -le 5 ] || run_rows "${selected}"
+}
 
 # --- streaming, sample by sample --------------------------------------------------------------------
 stream_rows() {
