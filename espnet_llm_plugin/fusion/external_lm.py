@@ -39,6 +39,8 @@ class ExternalLM:
         self.temperature = temperature
         # Some take prefixes that are several tokens longer than their states in one call.
         self.takes_paths = bool(getattr(lm, "batch_any_extension", False))
+        # Tokens that matter, of an LM that says so: no more are handed on.
+        self._context: Optional[int] = getattr(lm, "context", None)
         self.num_calls = 0
         self.num_prefixes = 0
         # Nearly every ESPnet LM stacks the states of a batch and so needs prefixes of one length;
@@ -70,6 +72,8 @@ class ExternalLM:
             tokens + tuple(label + 1 for label in path)
             for (tokens, _, _), path in zip(states, paths)
         ]
+        if self._context is not None:
+            prefixes = [prefix[-self._context :] for prefix in prefixes]
         old = [state for _, state, _ in states]
         if self.any_length or len({len(prefix) for prefix in prefixes}) == 1:
             return self._run(prefixes, old)

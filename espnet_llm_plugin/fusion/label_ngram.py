@@ -77,6 +77,11 @@ class LabelNgram(BatchScorerInterface):
         """K."""
         return len(self._orders) + 1
 
+    @property
+    def context(self) -> int:
+        """Tokens that the next one depends on: K - 1."""
+        return len(self._orders)
+
     @classmethod
     def estimate(
         cls, sentences: Iterable[Sequence[int]], vocab_size: int, order: int
@@ -127,7 +132,7 @@ class LabelNgram(BatchScorerInterface):
 
         Only the last K - 1 tokens count; shorter prefixes are padded on the left with 0.
         """
-        tokens = before.cpu().numpy()[:, -(self.order - 1) :]
+        tokens = before.cpu().numpy()[:, -self.context :]
         rows = np.repeat(self._lower[None], len(tokens), axis=0)
         for length in range(1, tokens.shape[1] + 1):
             node = self._find(tokens[:, -length:])

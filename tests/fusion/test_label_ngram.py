@@ -101,6 +101,7 @@ def test_paths_of_any_length_in_one_call():
     assert lm.num_calls == 2
     for row, prefix in zip(rows, [(SOS, 2, 3, 2), (SOS, 4), (SOS, 9, 4, 4, 8)]):
         torch.testing.assert_close(row, ngram.rows(torch.tensor([prefix]))[0, 1 : VOCAB - 1])
+    assert [tokens for tokens, _, _ in states] == [(2, 3, 2), (SOS, 4), (4, 4, 8)]
     ends = [ngram.rows(torch.tensor([tokens]))[0, SOS] for tokens, _, _ in states]
     assert lm.end_log_probs(states) == pytest.approx([float(end) for end in ends])
 
