@@ -16,6 +16,7 @@ from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.errors import run_cli
 from espnet_llm_plugin.inference.fusion_options import add_fusion_options
 from espnet_llm_plugin.inference.options import (
+    add_chunk_option,
     add_ilm_options,
     add_model_options,
     parse_with_configs,
@@ -90,6 +91,7 @@ def get_parser(
     group = parser.add_argument_group("Search")
     group.add_argument("--beam_size", type=int, default=4)
     group.add_argument("--batch_size", type=int, default=16, help="Utterances decoded together")
+    add_chunk_option(group)
     group.add_argument("--max_symbols_per_frame", type=int, default=3)
     group.add_argument("--normalize_length", type=types.str2bool, default=False)
     add_fusion_options(parser, weights=False)

@@ -22,6 +22,7 @@ from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import build_search, encode
 from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer
 from espnet_llm_plugin.inference.speech_llm_options import speech_llm_options
+from espnet_llm_plugin.inference.streaming import set_chunk_ms
 from espnet_llm_plugin.inference.utterances import Utterances, read_keys
 
 # What is done with a batch: its utterance ids and encoder outputs (T, D).
@@ -88,6 +89,7 @@ class HeldOut:
             token_type=args.token_type,
             bpemodel=args.bpemodel,
         )
+        set_chunk_ms(self.asr.model, args.chunk_ms)
         if self.asr.text.text([]) is None:
             raise UserError("the model has no token_type: give --token_type, so that words exist")
         self.has_lm = bool(args.lm_train_config or args.fusion_llm)

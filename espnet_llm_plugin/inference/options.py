@@ -87,6 +87,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chunk_option(group: argparse._ArgumentGroup) -> None:
+    """Add ``--chunk_ms``."""
+    group.add_argument(
+        "--chunk_ms",
+        type=float,
+        help="Chunk of a streaming encoder in milliseconds; inf: whole utterances (default: the "
+        "model's)",
+    )
+
+
 def add_search_options(
     parser: argparse.ArgumentParser, espnet_search: bool = True, chunk: bool = True
 ) -> None:
@@ -100,12 +110,7 @@ def add_search_options(
             help="espnet: run espnet2.bin.asr_inference, unmodified, with its own options",
         )
     if chunk:
-        group.add_argument(
-            "--chunk_ms",
-            type=float,
-            help="Chunk of a streaming encoder in milliseconds; inf: whole utterances (default: "
-            "the model's)",
-        )
+        add_chunk_option(group)
     group.add_argument(
         "--alpha",
         type=float,

@@ -232,3 +232,44 @@ def test_bad_input_is_named(run, files, tmp_path):
     with pytest.raises(UserError, match="beam size 0"):
         run("factorized", "--beam_size", "0", "--nj", "2")
     assert not (tmp_path / "tune").exists()
+
+
+STREAMING = """
+encoder: streaming_conformer
+encoder_conf: {output_size: 16, attention_heads: 2, linear_units: 16, num_blocks: 1,
+  subsampling: 4, subsampling_channels: 4, chunk_size: 8, left_context: 32}
+frontend_conf: {n_mels: 40, fs: 16k}
+normalize: null
+token_type: char
+"""
+
+
+def test_chunk_of_a_streaming_encoder(files, tmp_path):
+    """The utterances are encoded in these chunks, and best.yaml decodes in them."""
+    made = {**files, "streaming": make_asr(tmp_path / "asr", "factorized", encoder=STREAMING)}
+    for chunk in ("40", "inf"):
+        out = tmp_path / chunk
+        tune_scales.main(
+            [
+                *made["streaming"].asr_options(),
+                *("--data_path_and_name_and_type", f"{files['wav']},speech,sound"),
+                *("--text", str(files["text"]), "--output_dir", str(out), "--chunk_ms", chunk),
+                *("--label_bonuses", "0", "2"),
+            ]
+        )
+        best = yaml.safe_load((out / "best.yaml").read_text())
+        assert best["chunk_ms"] == float(chunk)
+        options = ["--config", str(out / "best.yaml")]
+        with_best = decode(made, "streaming", tmp_path / f"with_best_{chunk}", *options)
+        words = [with_best[utt] for utt in TEXT]
+        wer = 100 * jiwer.wer(list(TEXT.values()), words)
+        assert scales_of(out)["best"]["wer"] == pytest.approx(wer)
+    with pytest.raises(UserError, match="has no chunks"):
+        tune_scales.main(
+            [
+                *files["ctc"].asr_options(),
+                *("--data_path_and_name_and_type", f"{files['wav']},speech,sound"),
+                *("--text", str(files["text"]), "--output_dir", str(tmp_path / "no")),
+                *("--chunk_ms", "40"),
+            ]
+        )

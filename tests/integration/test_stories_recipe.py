@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from espnet_llm_plugin.bin import asr_inference, tune_fusion
+from espnet_llm_plugin.inference.options import parse_with_configs
+
 pytestmark = pytest.mark.integration
 
 ROWS = [
@@ -30,6 +33,8 @@ mkdir -p "${directory}"
 printf '# WER 9 %%\\nalpha: 0.2\\nbeta: 0.4\\nbeam_size: 4\\nlabel_bonus: 2.5\\n' \\
     > "${directory}/best.yaml"
 """
+REQUIRED = ["--output_dir", "x", "--data_path_and_name_and_type", "x,speech,sound"]
+REQUIRED += ["--asr_train_config", "x", "--asr_model_file", "x"]
 PYTHON = "#!/usr/bin/env bash\nprintf '%s\\t' \"$@\" >> tools\necho >> tools\n"
 
 
@@ -235,6 +240,11 @@ def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
             settings = yaml.safe_load((recipe / call[option]).read_text())
             plain = yaml.safe_load((recipe / f"conf/stories/{name}.yaml").read_text())
             assert settings == {**plain, "chunk_ms": chunk}
+            # every key is an option of the command that reads it
+            parser = {"tune": tune_fusion, "decode": asr_inference}[name].get_parser()
+            given = ["--config", str(recipe / call[option]), *REQUIRED]
+            args = parse_with_configs(parser, given + ["--text", "x"] * (name == "tune"))
+            assert args.chunk_ms == chunk
     # what all chunk sizes share starts with the scales of the middle one
     swap = decodings(found)[f"{EXP}/streaming_e5_s1/asr_ft_weak/decode_swap_stories_320ms"]
     assert swap["--tune_config"].endswith("tune_swap_320.yaml")
