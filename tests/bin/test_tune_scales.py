@@ -247,7 +247,7 @@ token_type: char
 def test_chunk_of_a_streaming_encoder(files, tmp_path):
     """The utterances are encoded in these chunks, and best.yaml decodes in them."""
     made = {**files, "streaming": make_asr(tmp_path / "asr", "factorized", encoder=STREAMING)}
-    for chunk in ("40", "inf"):
+    for chunk in ("32", "inf"):
         out = tmp_path / chunk
         tune_scales.main(
             [
@@ -270,6 +270,6 @@ def test_chunk_of_a_streaming_encoder(files, tmp_path):
                 *files["ctc"].asr_options(),
                 *("--data_path_and_name_and_type", f"{files['wav']},speech,sound"),
                 *("--text", str(files["text"]), "--output_dir", str(tmp_path / "no")),
-                *("--chunk_ms", "40"),
+                *("--chunk_ms", "32"),
             ]
         )
