@@ -13,9 +13,9 @@ from tqdm import tqdm
 from espnet_llm_plugin.errors import UserError, UtteranceError, first_line
 from espnet_llm_plugin.fusion.ngram import load_ngram
 from espnet_llm_plugin.inference.batches import Utterance, by_length
-from espnet_llm_plugin.inference.fusion_options import fusion_options
+from espnet_llm_plugin.inference.fusion_options import fusion_options, has_external_lm
 from espnet_llm_plugin.inference.languages import GivenLanguages, given_languages
-from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm
+from espnet_llm_plugin.inference.loading import load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import (
     bonus_of,
     changed_options,
@@ -108,6 +108,7 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
     if ngram_file and asr.is_speech_llm:
         raise UserError(f"--ngram_file {ngram_file}: the search of a speech_llm has no n-gram LM")
     if ngram_file:
+        require_file(ngram_file, "--ngram_file", "n-gram LM over the model's tokens")
         lm, lm_weight = load_ngram(ngram_file, asr.model.token_list), args.ngram_weight
     if args.lm_train_config:
         lm = load_lm(
@@ -130,7 +131,7 @@ def build_recognizer(args: argparse.Namespace) -> AnyRecognizer:
             args.alpha,
             args.beta,
             bonus_of(args),
-            lm_weight=lm_weight if lm is not None or args.fusion_llm else 0.0,
+            lm_weight=lm_weight if lm is not None or has_external_lm(args) else 0.0,
             ilm_weight=args.ilm_weight,
             blank_scale=args.blank_scale,
             prior_weight=args.prior_weight,

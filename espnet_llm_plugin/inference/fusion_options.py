@@ -37,7 +37,8 @@ class FusionOptions:
             transducer, as in ESPnet.
         temperature: Of the LM.
         lowercase: Whether ``llm`` reads the words in lower case.
-        ngram: LM over the ASR tokens that stands in for ``llm`` until that has read a word.
+        ngram: LM over the ASR tokens: stands in for ``llm`` until that has read a word; without
+            ``llm`` it is the LM.
         prior: Of the CTC labels or frames.
         recombination: Of CTC.
         top_labels: Of CTC: labels looked at in a frame; None: all that matter.
@@ -55,6 +56,11 @@ class FusionOptions:
     prior: Any = field(default=None, compare=False)
     recombination: str = "sum"
     top_labels: Optional[int] = None
+
+    @property
+    def has_lm(self) -> bool:
+        """Whether there is one here."""
+        return self.llm is not None or self.ngram is not None
 
 
 LABEL_WISE = FusionOptions()
@@ -112,8 +118,9 @@ def add_fusion_options(parser: argparse.ArgumentParser, weights: bool = True) ->
     )
     group.add_argument(
         "--fusion_ngram",
-        help="N-gram over the ASR tokens (of estimate_ngram, ARPA, or kenlm's) that stands in for "
-        "--fusion_llm, with its weight, until that has read a word",
+        help="N-gram over the ASR tokens (of estimate_ngram, ARPA, or kenlm's): stands in for "
+        "--fusion_llm, with its weight, until that has read a word; without --fusion_llm it is the "
+        "LM",
     )
     group.add_argument(
         "--prior_file", help="Prior of a CTC model, as estimate_prior writes it; it is subtracted"
@@ -140,12 +147,15 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
     Raises:
         UserError: Options without a meaning for the model or for each other.
     """
-    has_lm = bool(args.lm_train_config or args.fusion_llm)
+    has_lm = has_external_lm(args)
     delayed = args.fusion == "delayed"
     given = {
         "fusion_llm": (not args.lm_train_config, "--lm_train_config is another LM: give one"),
         "fusion_llm_dtype": (args.fusion_llm, "it needs --fusion_llm"),
-        "fusion": (has_lm, "it needs an LM: add --fusion_llm, or --lm_train_config and --lm_file"),
+        "fusion": (
+            has_lm,
+            "it needs an LM: add --fusion_llm, --fusion_ngram, or --lm_train_config and --lm_file",
+        ),
         "fusion_policy": (delayed, "it needs --fusion delayed"),
         "fusion_interval": (
             delayed and args.fusion_policy == "every_n_frames",
@@ -153,7 +163,10 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
         ),
         "lm_eos": (has_lm, "it needs an LM"),
         "lm_temperature": (has_lm, "it needs an LM"),
-        "fusion_ngram": (args.fusion_llm, "it stands in for an LLM: add --fusion_llm"),
+        "fusion_ngram": (
+            not (args.lm_train_config or getattr(args, "ngram_file", None)),
+            "there is another LM over the ASR tokens: give one",
+        ),
         "lm_lowercase": (args.fusion_llm, "it needs --fusion_llm: other LMs read ASR tokens"),
         "prior_file": (asr.is_ctc, "priors are those of CTC models; of a transducer subtract the "
                        "internal LM by --ilm_weight"),
@@ -180,7 +193,9 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
     prior = ngram = None
     if args.fusion_ngram:
         from espnet_llm_plugin.fusion.ngram import load_ngram
+        from espnet_llm_plugin.inference.loading import require_file
 
+        require_file(args.fusion_ngram, "--fusion_ngram", "n-gram LM over the model's tokens")
         ngram = load_ngram(args.fusion_ngram, asr.model.token_list)
     if args.prior_file:
         from espnet_llm_plugin.fusion.prior import load_prior
@@ -202,6 +217,11 @@ def fusion_options(args: argparse.Namespace, asr: "LoadedASR") -> FusionOptions:
     )
 
 
+def has_external_lm(args: argparse.Namespace) -> bool:
+    """Whether options of a tuning or decoding command name an LM beside the model's own."""
+    return bool(args.lm_train_config or args.fusion_llm or args.fusion_ngram)
+
+
 def used_options(args: argparse.Namespace) -> list[str]:
     """Those with another value than their default, the weight of the prior aside."""
     parser = argparse.ArgumentParser()
@@ -221,6 +241,7 @@ def build_fusion(
         has_external: Whether there is an LM over the ASR tokens.
         device: Where an LLM runs.
     """
+    has_external = has_external or options.ngram is not None
     if options.method == "label":
         default = "eos" if asr.is_ctc else "none"
         ends = has_external and (options.end or default) != "none"

@@ -15,7 +15,7 @@ from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, first_line
 from espnet_llm_plugin.inference.batches import Utterance, by_length
 from espnet_llm_plugin.inference.decode import FAILURES
-from espnet_llm_plugin.inference.fusion_options import fusion_options, used_options
+from espnet_llm_plugin.inference.fusion_options import fusion_options, has_external_lm, used_options
 from espnet_llm_plugin.inference.languages import given_languages
 from espnet_llm_plugin.inference.loading import LoadedASR, load_asr, load_ilm, load_lm, require_file
 from espnet_llm_plugin.inference.options import device_of
@@ -92,7 +92,7 @@ class HeldOut:
         set_chunk_ms(self.asr.model, args.chunk_ms)
         if self.asr.text.text([]) is None:
             raise UserError("the model has no token_type: give --token_type, so that words exist")
-        self.has_lm = bool(args.lm_train_config or args.fusion_llm)
+        self.has_lm = has_external_lm(args)
         lm = None
         if args.lm_train_config:
             tokens = self.asr.model.token_list

@@ -75,7 +75,7 @@ class Recognizer:
     ):
         self.asr = asr
         self.scales = default_scales(asr) if scales is None else scales
-        check_scales(asr, self.scales, has_lm=lm is not None or fusion.llm is not None)
+        check_scales(asr, self.scales, has_lm=lm is not None or fusion.has_lm)
         self.search = build_search(
             asr,
             lm,
@@ -302,5 +302,6 @@ def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
         )
     if scales.lm_weight and not has_lm:
         raise UserError(
-            "an LM weight is given, but no LM: add --lm_train_config and --lm_file, or --fusion_llm"
+            "an LM weight is given, but no LM: add --lm_train_config and --lm_file, --fusion_llm, "
+            "or --fusion_ngram"
         )

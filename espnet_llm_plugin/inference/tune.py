@@ -25,7 +25,7 @@ from espnet_llm_plugin.fusion.tuning import (
     used_axes,
 )
 from espnet_llm_plugin.inference import tune_speech_llm
-from espnet_llm_plugin.inference.fusion_options import used_options
+from espnet_llm_plugin.inference.fusion_options import has_external_lm, used_options
 from espnet_llm_plugin.inference.held_out import (
     HeldOut,
     check_failures,
@@ -164,7 +164,7 @@ def write_results(
         keep = ("beam_size", "max_symbols_per_frame", "normalize_length", *used_options(args))
     if args.chunk_ms is not None:
         keep = (*keep, "chunk_ms")
-    axes = used_axes(points, bool(args.lm_train_config or args.fusion_llm))
+    axes = used_axes(points, has_external_lm(args))
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")
         scales = best.scales_of(axes)

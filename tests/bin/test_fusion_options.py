@@ -120,6 +120,21 @@ def test_ngram_that_stands_in_for_the_llm(run, files, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ngram_alone(run, files, kind):
+    """Without an LLM it is the LM, as --ngram_file, in every way to combine."""
+    alone = ["--fusion_ngram", files["ngram"], "--lm_weight", "0.4"]
+    same = ["--ngram_file", files["ngram"], "--ngram_weight", "0.4"]
+    assert run(kind, *alone) == run(kind, *same) != run(kind)
+    scores = {}
+    for options in (["--lm_eos", "eos"], ["--fusion", "delayed"], ["--fusion", "rescore"]):
+        for entries in run(kind, *alone, *options).values():
+            for entry in entries:
+                known = scores.setdefault(entry["token_int"], entry["external_lm"])
+                assert entry["external_lm"] == pytest.approx(known, abs=1e-4)
+    assert len(scores) > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lm_over_the_asr_tokens(run, files, kind):
     """Rescoring and delayed fusion add what label-wise fusion adds, on other hypotheses."""
     lm = [*files["lm"].lm_options(), "--lm_weight", "0.5"]
@@ -214,8 +229,9 @@ def test_prior(run, files, prior, fusion):
         ("ctc", "--lm_temperature 0 LM", "above 0"),
         ("ctc", "--lm_lowercase true LM", "needs --fusion_llm"),
         ("ctc", "--fusion_llm_dtype bfloat16", "needs --fusion_llm"),
-        ("ctc", "--fusion_ngram NGRAM LM --fusion delayed", "add --fusion_llm"),
-        ("ctc", "--fusion_ngram ./none --fusion_llm LLM --fusion delayed", "does not exist"),
+        ("ctc", "--fusion_ngram NGRAM LM --fusion delayed", "another LM over the ASR tokens"),
+        ("ctc", "--fusion_ngram NGRAM --ngram_file NGRAM", "another LM over the ASR tokens"),
+        ("ctc", "--fusion_ngram ./none --fusion_llm LLM --fusion delayed", "--fusion_ngram ./none"),
         ("ctc", "--fusion_ngram NGRAM --fusion_llm LLM --search espnet", "knows no --fusion"),
         ("ctc", "--prior_weight 0.3", "needs --prior_file"),
         ("ctc", "--top_labels -1", "expected a number"),

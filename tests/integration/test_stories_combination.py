@@ -46,7 +46,7 @@ def settings(calls, recipe, root):
 
 
 def test_every_row_is_a_decoding_of_its_own(calls, root):
-    assert len(decodings(calls)) == len(rows(root)) == 32
+    assert len(decodings(calls)) == len(rows(root)) == 34
     for call in decodings(calls).values():
         assert call["--tune_tool"] == "tune_fusion"
 
@@ -65,6 +65,7 @@ def test_ways_to_combine(settings):
         },
         "label_prior": {"prior_file": f"{EXP}/offline_s1/asr_ctc/prior.json"},
         "label_b64": {"beam_size": 64},
+        "ngram": {"fusion_ngram": f"{EXP}/lm_stories/ngram4.npz"},
         "delayed10_ngram_b8": {
             **{"fusion_llm": f"{EXP}/lm_native/llm", "fusion": "delayed", "fusion_interval": 10},
             **{"fusion_ngram": f"{EXP}/lm_stories/ngram4.npz", "beam_size": 8},
