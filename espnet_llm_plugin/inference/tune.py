@@ -162,8 +162,6 @@ def write_results(
         keep = tune_speech_llm.KEPT
     else:
         keep = ("beam_size", "max_symbols_per_frame", "normalize_length", *used_options(args))
-    if args.chunk_ms is not None:
-        keep = (*keep, "chunk_ms")
     axes = used_axes(points, has_external_lm(args))
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")

@@ -245,7 +245,7 @@ token_type: char
 
 
 def test_chunk_of_a_streaming_encoder(files, tmp_path):
-    """The utterances are encoded in these chunks, and best.yaml decodes in them."""
+    """The utterances are encoded in these chunks; decoding in them gives the error rate found."""
     made = {**files, "streaming": make_asr(tmp_path / "asr", "factorized", encoder=STREAMING)}
     for chunk in ("32", "inf"):
         out = tmp_path / chunk
@@ -257,9 +257,8 @@ def test_chunk_of_a_streaming_encoder(files, tmp_path):
                 *("--label_bonuses", "0", "2"),
             ]
         )
-        best = yaml.safe_load((out / "best.yaml").read_text())
-        assert best["chunk_ms"] == float(chunk)
-        options = ["--config", str(out / "best.yaml")]
+        # the report of streaming reads best.yaml for all sizes of chunks
+        options = ["--config", str(out / "best.yaml"), "--chunk_ms", chunk]
         with_best = decode(made, "streaming", tmp_path / f"with_best_{chunk}", *options)
         words = [with_best[utt] for utt in TEXT]
         wer = 100 * jiwer.wer(list(TEXT.values()), words)
