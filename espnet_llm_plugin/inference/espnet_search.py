@@ -11,6 +11,7 @@ from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.label_lms import ATTENTION_ILMS, attention_ilm
 from espnet_llm_plugin.inference.loading import TextConverter, sample_rate
 from espnet_llm_plugin.inference.options import (
     add_model_options,
@@ -22,7 +23,7 @@ from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_option
 
 # Our options that mean something in ESPnet's label-synchronous search.
 _LLM = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
-_ILM = ("ilm", "ilm_weight")
+_ILM = ("ilm", "ilm_file", "ilm_weight")
 
 Scorers = dict[str, tuple[Any, float]]  # name -> scorer, its weight
 
@@ -31,8 +32,8 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     """Run ESPnet's own inference with ESPnet's options, and with what it lacks.
 
     ``--fusion_llm`` adds an LLM in its own vocabulary, which scores whole words with
-    ``--lm_weight``; ``--ilm zero_context`` the internal LM of an attention decoder, which is
-    subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
+    ``--lm_weight``; ``--ilm zero_context`` or ``mini_lstm`` the internal LM of an attention
+    decoder, which is subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
 
     Raises:
         UserError: Another of our options is set, which ESPnet would not see, or options or models
@@ -114,10 +115,10 @@ def check_options(args: argparse.Namespace) -> None:
             if not args.fusion_llm:
                 raise UserError(f"--{name} {value}: with --search espnet it needs --fusion_llm")
         elif name in _ILM:
-            if args.ilm != "zero_context":
+            if args.ilm not in ATTENTION_ILMS:
                 raise UserError(
                     f"--{name} {value}: with --search espnet an internal LM is that of an "
-                    "attention decoder: --ilm zero_context"
+                    "attention decoder: --ilm zero_context or mini_lstm"
                 )
         else:
             raise UserError(
@@ -161,10 +162,8 @@ def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
         spelling = Spelling(model.token_list, text.token_type, text.text)
         scorer = WordScorer(llm, spelling, len(model.token_list))
         found["lm"] = (scorer, args.lm_weight)
-    if args.ilm == "zero_context":
-        from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
-
-        found["ilm"] = (ZeroContextILM.of(model), -args.ilm_weight)
+    if args.ilm in ATTENTION_ILMS:
+        found["ilm"] = (attention_ilm(args.ilm, args.ilm_file, model), -args.ilm_weight)
     return found
 
 
@@ -200,7 +199,7 @@ def extended(speech2text: Any, added: Mapping) -> Any:
     search = speech2text.beam_search
     if type(search) not in (BeamSearch, BatchBeamSearch):
         raise UserError(
-            "--fusion_llm and --ilm zero_context belong to ESPnet's label-synchronous search of "
+            "--fusion_llm and --ilm belong to ESPnet's label-synchronous search of "
             f"CTC and attention models, not to {type(search or speech2text).__name__}: leave out "
             "time_sync, streaming and partial_ar; transducers have `--search ours`"
         )

@@ -206,9 +206,9 @@ def load_ilm(
         UserError: One of the two options without the other, a bigram of other tokens, or the
             internal LM of an attention decoder, which our searches do not decode.
     """
-    if ilm == "zero_context":
+    if ilm in ("zero_context", "mini_lstm"):
         raise UserError(
-            "--ilm zero_context is of an attention decoder, decoded by `asr_inference --search "
+            f"--ilm {ilm} is of an attention decoder, decoded by `asr_inference --search "
             "espnet`; an RNN-T has zero_encoder and bigram"
         )
     if ilm != "bigram":
