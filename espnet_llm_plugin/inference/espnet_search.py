@@ -22,10 +22,8 @@ from espnet_llm_plugin.inference.options import (
 from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 # Our options that mean something in ESPnet's label-synchronous search.
-_LLM = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
+LLM_OPTIONS = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
 _ILM = ("ilm", "ilm_file", "ilm_weight")
-
-Scorers = dict[str, tuple[Any, float]]  # name -> scorer, its weight
 
 
 def decode_with_espnet(args: argparse.Namespace) -> None:
@@ -47,9 +45,12 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     made: list[TimedSpeech2Text] = []
 
     def changed(speech2text: Any) -> TimedSpeech2Text:
-        added = scorers_of(args, speech2text)
+        added = added_scorers(args, speech2text)
         if added:
-            speech2text.beam_search = extended(speech2text, added)
+            search = speech2text.beam_search
+            weights = {"lm": args.lm_weight, "ilm": -args.ilm_weight}
+            weights = {**getattr(search, "weights", {}), **{name: weights[name] for name in added}}
+            speech2text.beam_search = search_with(speech2text, added, weights)
         made.append(TimedSpeech2Text(speech2text))
         return made[0]
 
@@ -111,7 +112,7 @@ def check_options(args: argparse.Namespace) -> None:
     changed = [name for name in changed_options(args, ours) if name != "search"]
     for name in changed:
         value = getattr(args, name)
-        if name in _LLM:
+        if name in LLM_OPTIONS:
             if not args.fusion_llm:
                 raise UserError(f"--{name} {value}: with --search espnet it needs --fusion_llm")
         elif name in _ILM:
@@ -125,6 +126,15 @@ def check_options(args: argparse.Namespace) -> None:
                 f"--search espnet knows no --{name}; scales of a factorized_transducer are set in "
                 "the decoder_conf of its config.yaml"
             )
+    check_lms(args)
+
+
+def check_lms(args: argparse.Namespace) -> None:
+    """Refuse two external LMs.
+
+    Raises:
+        UserError: There are.
+    """
     if args.fusion_llm and args.lm_train_config:
         raise UserError(
             f"--fusion_llm {args.fusion_llm}: --lm_train_config {args.lm_train_config} is another "
@@ -132,14 +142,14 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
-def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
-    """The scorers that options ask for, for ESPnet's ``Speech2Text``.
+def added_scorers(args: argparse.Namespace, speech2text: Any) -> dict[str, Any]:
+    """The scorers by name that options ask for, for ESPnet's ``Speech2Text``.
 
     Raises:
         UserError: An LLM without a vocabulary of its own, tokens without known word ends, or a
             model without attention decoder.
     """
-    found: Scorers = {}
+    found: dict[str, Any] = {}
     model, train_args = speech2text.asr_model, speech2text.asr_train_args
     if args.fusion_llm:
         from espnet_llm_plugin.fusion.word_lm import WordLM
@@ -160,10 +170,9 @@ def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
             dtype=args.fusion_llm_dtype,
         )
         spelling = Spelling(model.token_list, text.token_type, text.text)
-        scorer = WordScorer(llm, spelling, len(model.token_list))
-        found["lm"] = (scorer, args.lm_weight)
+        found["lm"] = WordScorer(llm, spelling, len(model.token_list))
     if args.ilm in ATTENTION_ILMS:
-        found["ilm"] = (attention_ilm(args.ilm, args.ilm_file, model), -args.ilm_weight)
+        found["ilm"] = attention_ilm(args.ilm, args.ilm_file, model)
     return found
 
 
@@ -186,8 +195,13 @@ def speech2text_changed(module: Any, change: Callable[[Any], Any]) -> Iterator[N
         cls.from_pretrained = staticmethod(build)
 
 
-def extended(speech2text: Any, added: Mapping) -> Any:
-    """The label-synchronous search of ``speech2text`` with more scorers.
+def search_with(speech2text: Any, added: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
+    """The label-synchronous search of ``speech2text`` with more scorers and other weights.
+
+    Args:
+        speech2text: ESPnet's.
+        added: Scorers by name.
+        weights: By name, of all scorers; one without or of 0 is left out.
 
     Raises:
         UserError: Another kind of search.
@@ -204,8 +218,8 @@ def extended(speech2text: Any, added: Mapping) -> Any:
             "time_sync, streaming and partial_ar; transducers have `--search ours`"
         )
     new = type(search)(
-        scorers={**search.scorers, **{name: scorer for name, (scorer, _) in added.items()}},
-        weights={**search.weights, **{name: weight for name, (_, weight) in added.items()}},
+        scorers={**search.scorers, **added},
+        weights=dict(weights),
         beam_size=search.beam_size,
         vocab_size=search.n_vocab,
         sos=search.sos,

@@ -258,6 +258,21 @@ def read_train_config(config: PathLike) -> dict[str, Any]:
     return content
 
 
+def has_attention_decoder(config: Optional[PathLike]) -> bool:
+    """Whether a training configuration is of an ESPnet model with an attention decoder.
+
+    False where there is no such file, which loading the model reports.
+    """
+    if not config or not Path(config).is_file():
+        return False
+    content = read_train_config(config)
+    ctc_weight = (content.get("model_conf") or {}).get("ctc_weight", 0.5)
+    decoder = content.get("decoder", "transformer")
+    return (
+        content.get("model", "espnet") == "espnet" and ctc_weight != 1.0 and decoder != "transducer"
+    )
+
+
 def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device: str):
     config = require_file(config, f"--{kind}_train_config", "config.yaml of the training")
     model_option = "--asr_model_file" if kind == "asr" else "--lm_file"
