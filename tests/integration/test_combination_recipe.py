@@ -199,7 +199,7 @@ def test_mini(copy, corpus):
     configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
     assert all((recipe / value).is_file() for value in configs)
     assert f"conf/{corpus}/mini/train_aed.yaml" in configs
-    assert len(by_tag(calls)) == 13  # 12 rows, and the training of the CTC model
+    assert len(by_tag(calls)) == 14  # 13 rows, and the training of the CTC model
     table = yaml.safe_load((recipe / "exp/mini/results_combination.yaml").read_text())
     assert table["cpu_time"] is True
 
