@@ -151,13 +151,6 @@ class HeldOut:
         skip = set(self.data.keys) - set(mine)
         progress = tqdm(total=len(mine), unit="utt", disable=part > 0 or not sys.stderr.isatty())
 
-        def readable() -> Iterator[Utterance]:
-            for utt, speech, reason in self.data.read(skip=list(skip)):
-                if reason:
-                    failed[utt] = reason
-                else:
-                    yield Utterance(utt, speech)
-
         def attempt(batch: Sequence[Utterance]) -> None:
             rate = self.asr.sample_rate
             if rate is not None:
@@ -166,7 +159,7 @@ class HeldOut:
             encoded = [out[:length] for out, length in zip(encoder_out, lengths.tolist())]
             work([one.utt for one in batch], encoded)
 
-        for batch in by_length(readable(), self._batch_size):
+        for batch in by_length(self.data.readable(failed, skip=list(skip)), self._batch_size):
             try:
                 attempt(batch)
             except FAILURES as error:

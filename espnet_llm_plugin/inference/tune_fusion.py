@@ -40,7 +40,7 @@ from espnet_llm_plugin.inference.tune import finished, grid_of, write_results
 from espnet_llm_plugin.inference.tune_joint import tune_joint
 from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
-from espnet_llm_plugin.transducer.rescoring import (
+from espnet_llm_plugin.transducer.unweighted_scores import (
     external_lm_log_probs,
     factorized_log_probs,
     lm_log_probs,
