@@ -163,7 +163,7 @@ def alternate(
     Args:
         search: Word errors of points by searching them, which lengthens the lists.
         rerank: Word errors of all points on the lists.
-        searched: By scales, at least one; what is searched is added.
+        searched: What is searched already, by scales; it is added to.
         rounds: At most so many.
         number: Points searched in a round, at most.
 

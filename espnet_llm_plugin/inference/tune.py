@@ -180,7 +180,7 @@ def write_results(
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")
         scales = best.scales_of(axes)
         search = {"search": "espnet"} if isinstance(best.scales, JointWeights) else {}
-        kept = {name: getattr(args, name) for name in keep}
+        kept = {name: getattr(args, name) for name in keep if getattr(args, name) is not None}
         yaml.safe_dump({**search, **scales, **kept}, stream)
     listing = table(points, reranked)
     with atomic_write(output_dir / "table.txt") as stream:

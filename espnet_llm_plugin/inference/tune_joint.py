@@ -52,6 +52,9 @@ from espnet_llm_plugin.inference.loading import (
 from espnet_llm_plugin.inference.options import device_of, identity
 from espnet_llm_plugin.inference.tune import finished, write_results
 
+# Options of ESPnet's Speech2Text by the same names.
+_MODELS = ("asr_train_config", "asr_model_file", "lm_train_config", "lm_file")
+_MODELS += ("token_type", "bpemodel")
 # Of the grid, without a meaning for these models.
 _OTHERS = ("alphas", "betas", "prior_weights", "textlm_weights", "length_norms")
 
@@ -198,7 +201,7 @@ class JointHeldOut(HeldOut):
             require_file(args.lm_file, "--lm_file", "the LM's checkpoint")
         # Any weights but 0, so that no scorer is left out.
         self.speech2text = import_quietly("espnet2.bin.asr_inference").Speech2Text(
-            **{name: getattr(args, name) for name in _FILES},
+            **{name: getattr(args, name) for name in _MODELS},
             device=device_of(args),
             beam_size=args.beam_size,
             ctc_weight=0.5,
@@ -221,10 +224,6 @@ class JointHeldOut(HeldOut):
             sample_rate=sample_rate(train_args),
         )
         self.open_data(args)
-
-
-_FILES = ("asr_train_config", "asr_model_file", "lm_train_config", "lm_file")
-_FILES += ("token_type", "bpemodel")
 
 
 @torch.no_grad()
