@@ -35,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bpemodel", type=types.str_or_none, help="None: that of the ASR model")
     parser.add_argument("--hidden_size", type=int, default=50, help="of the LSTM")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=3e-3, help="at first; it falls to 0 linearly")
+    parser.add_argument("--lr", type=float, default=1e-2, help="at first; it falls to 0 linearly")
     parser.add_argument("--batch_size", type=int, default=64, help="sentences at once, at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ngpu", type=int, default=0, help="0: CPU; 1: one GPU")
