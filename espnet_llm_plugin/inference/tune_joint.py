@@ -152,8 +152,12 @@ def check_options(args: argparse.Namespace) -> None:
     for name in LLM_OPTIONS:
         if name in used_options(args) and not args.fusion_llm:
             raise UserError(f"--{name} {getattr(args, name)}: it needs --fusion_llm")
-    if args.predictor:
-        raise UserError(f"--predictor {args.predictor}: this model has an attention decoder")
+    for name in ("predictor", "chunk_ms"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: this model has an attention decoder, and "
+                "ESPnet's search does not know it"
+            )
     check_lms(args)
 
 

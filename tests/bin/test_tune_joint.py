@@ -189,6 +189,7 @@ def test_lists_are_ranked_by_the_score_per_token(files, tmp_path):
         ("--fusion delayed OWN --lm_weights 1", "--fusion delayed: it is for CTC models"),
         ("--lm_eos none", "--lm_eos none: it needs --fusion_llm"),
         ("--predictor lstm", "this model has an attention decoder"),
+        ("--chunk_ms 320", "ESPnet's search does not know it"),
         ("--nbest_files x", "is searched by ESPnet: leave them out"),
         ("--rounds 0", "--rounds 0: at least 1"),
         ("OWN PIECES --lm_weights 1", "is another LM: give one"),
