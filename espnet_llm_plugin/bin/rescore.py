@@ -62,9 +62,11 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--prior", help="label prior written by estimate_prior")
     group.add_argument(
         "--ilm",
-        choices=("zero_context",),
-        help="internal LM: zero_context of an attention model (--asr_train_config)",
+        choices=("zero_context", "mini_lstm"),
+        help="internal LM of an attention model (--asr_train_config): from an encoder output of "
+        "zeros, or from a trained mini-LSTM (--ilm_file)",
     )
+    group.add_argument("--ilm_file", help="mini-LSTM written by train_ilm")
     group.add_argument("--asr_train_config", help="config.yaml of the attention model")
     group.add_argument("--asr_model_file", help="its checkpoint")
     group.add_argument(

@@ -4,6 +4,10 @@ As tune_scales, but the points of the grid are scored on n-best lists, by weighi
 their scores anew, and only the best points are searched. The grid can be fine: a point costs next
 to nothing. Same options and results as tune_scales; OUTPUT_DIR also gets nbest.jsonl, the lists
 with the parts of their scores. "~" marks word error rates that are those of the lists.
+
+A model with an attention decoder is searched by ESPnet, once at the middle of the grid and then at
+the best points: weights of CTC, of an LM or LLM, of the internal LM (--ilm zero_context or
+mini_lstm), and the bonus per label.
 """
 
 import argparse

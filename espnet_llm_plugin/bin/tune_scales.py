@@ -76,13 +76,18 @@ def get_parser(
         "--ilm_weights",
         type=float,
         nargs="+",
-        help="Of the internal LM of an RNN-T, which is subtracted",
+        help="Of the internal LM (of an RNN-T or attention decoder), which is subtracted",
     )
     group.add_argument(
         "--prior_weights", type=float, nargs="+", help="Of --prior_file, which is subtracted"
     )
     group.add_argument("--label_bonuses", type=float, nargs="+", help="ESPnet's --penalty")
-    group.add_argument("--ctc_weights", type=float, nargs="+", help="Of a speech_llm")
+    group.add_argument(
+        "--ctc_weights",
+        type=float,
+        nargs="+",
+        help="Of a speech_llm; of a model with an attention decoder (tune_fusion)",
+    )
     group.add_argument(
         "--textlm_weights", type=float, nargs="+", help="Of a speech_llm's LLM without audio"
     )

@@ -3,7 +3,7 @@
 What the decoder has learned of the text alone, to be subtracted where a language model is added:
 ``log P_AED + lm_weight * log P_LM - ilm_weight * log P_ILM``. [Internal LM estimation, arXiv
 2011.01991; zero context, arXiv 2104.05544] For n-best lists (``rescore``) and for ESPnet's beam
-search (``asr_inference --search espnet``).
+search (``asr_inference --search espnet``). A better estimate, which is trained: ``mini_lstm.py``.
 
 B sequences, L tokens, N prefixes, V tokens of the list, D encoder width.
 """
@@ -17,6 +17,28 @@ from torch import Tensor
 from espnet_llm_plugin.errors import UserError
 
 
+def attention_decoder(model: torch.nn.Module, ilm: str) -> torch.nn.Module:
+    """The attention decoder of an ESPnet model, in evaluation mode.
+
+    Args:
+        model: Trained model.
+        ilm: What needs it, for the message.
+
+    Raises:
+        UserError: A model without attention decoder.
+    """
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
+    decoder = getattr(model, "decoder", None)
+    if type(model) is not ESPnetASRModel or decoder is None or model.use_transducer_decoder:
+        raise UserError(
+            f"--ilm {ilm} is for ESPnet models with an attention decoder; this is a "
+            f"{type(model).__name__}"
+            + ("" if decoder is not None else " without decoder (CTC only)")
+        )
+    return decoder.eval()
+
+
 class ZeroContextILM(BatchScorerInterface):
     """An ESPnet attention decoder whose memory is one frame of zeros.
 
@@ -26,12 +48,11 @@ class ZeroContextILM(BatchScorerInterface):
     Args:
         decoder: ``model.decoder`` of an attention model.
         encoder_size: D.
-        device: Where it lives.
     """
 
-    def __init__(self, decoder: torch.nn.Module, encoder_size: int, device: torch.device):
+    def __init__(self, decoder: torch.nn.Module, encoder_size: int):
         self.decoder = decoder
-        self._zeros = torch.zeros(1, 1, encoder_size, device=device)
+        self._zeros = next(decoder.parameters()).new_zeros(1, 1, encoder_size)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ZeroContextILM":
@@ -40,17 +61,7 @@ class ZeroContextILM(BatchScorerInterface):
         Raises:
             UserError: A model without attention decoder.
         """
-        from espnet2.asr.espnet_model import ESPnetASRModel
-
-        decoder = getattr(model, "decoder", None)
-        if type(model) is not ESPnetASRModel or decoder is None or model.use_transducer_decoder:
-            raise UserError(
-                f"--ilm zero_context is for ESPnet models with an attention decoder; this is a "
-                f"{type(model).__name__}"
-                + ("" if decoder is not None else " without decoder (CTC only)")
-            )
-        device = next(decoder.parameters()).device
-        return cls(decoder.eval(), model.encoder.output_size(), device)
+        return cls(attention_decoder(model, "zero_context"), model.encoder.output_size())
 
     def __call__(self, ids: Tensor, hidden: None = None) -> tuple[Tensor, None]:
         """Logits of a whole sequence.

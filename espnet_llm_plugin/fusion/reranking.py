@@ -8,15 +8,16 @@ searched.
 A alphas, N hypotheses of an utterance, P points of a grid.
 """
 
+import logging
 import math
 from dataclasses import asdict, dataclass
-from typing import Iterable, Mapping, Optional, Sequence
+from typing import Callable, Iterable, Mapping, Optional, Sequence
 
 import jiwer
 import numpy as np
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.fusion.tuning import Point, axis_values
+from espnet_llm_plugin.fusion.tuning import AnyScales, Point, axis_values
 from espnet_llm_plugin.transducer.hypothesis import Scales
 
 
@@ -147,9 +148,53 @@ def first_points(grid: Sequence[Scales]) -> list[Scales]:
     return list(dict.fromkeys(at(share) for share in (0.0, 0.5, 1.0)))
 
 
+def alternate(
+    search: Callable[[list[AnyScales]], list[Point]],
+    rerank: Callable[[], list[Point]],
+    searched: dict[AnyScales, Point],
+    rounds: int,
+    number: int,
+) -> list[Point]:
+    """Search the points that the lists promise most of, as long as that helps.
+
+    Lists flatter a point that was not searched: they lack what it alone would find. So promises
+    are not waited for to end.
+
+    Args:
+        search: Word errors of points by searching them, which lengthens the lists.
+        rerank: Word errors of all points on the lists.
+        searched: What is searched already, by scales; it is added to.
+        rounds: At most so many.
+        number: Points searched in a round, at most.
+
+    Returns:
+        Re-ranked word errors of all points at the end.
+    """
+    lowest = _lowest(searched)
+    for n in range(1, rounds + 1):
+        reranked = rerank()
+        points = next_points(reranked, searched, number)
+        if not points:
+            break
+        promise = min(point.wer for point in reranked if point.scales in points)
+        searched.update((point.scales, point) for point in search(points))
+        before, lowest = lowest, _lowest(searched)
+        logging.info(
+            f"round {n}: {len(points)} points searched, WER {promise:.2f} on the lists; "
+            f"best searched {lowest:.2f}"
+        )
+        if lowest >= before:
+            break
+    return rerank()
+
+
+def _lowest(searched: Mapping[AnyScales, Point]) -> float:
+    return min((point.wer for point in searched.values()), default=math.inf)
+
+
 def next_points(
-    points: Sequence[Point], searched: Mapping[Scales, Point], number: int
-) -> list[Scales]:
+    points: Sequence[Point], searched: Mapping[AnyScales, Point], number: int
+) -> list[AnyScales]:
     """Which of the re-ranked points to search next: the best ones not searched yet.
 
     Only those that promise fewer errors than the best searched point has.
@@ -159,6 +204,6 @@ def next_points(
         searched: Word errors of the points searched.
         number: At most so many.
     """
-    lowest = min((point.wer for point in searched.values()), default=math.inf)
+    lowest = _lowest(searched)
     promising = [p for p in points if p.scales not in searched and p.wer < lowest]
     return [point.scales for point in sorted(promising, key=lambda point: point.wer)[:number]]

@@ -24,6 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.joint_sum import JointWeights
 from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
 from espnet_llm_plugin.transducer.hypothesis import Hypothesis, Scales
 from espnet_llm_plugin.transducer.search_state import SearchState
@@ -31,8 +32,8 @@ from espnet_llm_plugin.transducer.search_state import SearchState
 if TYPE_CHECKING:
     from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
 
-# Of a transducer or CTC, or of a speech LLM; both name what is tuned in AXES.
-AnyScales = Union[Scales, SearchWeights]
+# Of a transducer or CTC, of a speech LLM, of an attention decoder; all name what is tuned in AXES.
+AnyScales = Union[Scales, SearchWeights, JointWeights]
 ILM_WEIGHT = "ilm_weight"  # beta of an RNN-T, with the other sign
 # Label scores computed at once: rows (utterances x points) x beam x labels; 4 bytes each, and a few
 # tensors of this size. Many rows save calls of the predictor.
@@ -85,7 +86,8 @@ class Point:
     def from_dict(cls, values: Mapping[str, Any]) -> "Point":
         """What :meth:`as_dict` made; scales that it lacks have no effect."""
         values = dict(values)
-        kind = SearchWeights if "ctc_weight" in values else Scales
+        kind = SearchWeights if "textlm_weight" in values else Scales
+        kind = JointWeights if "ctc_weight" in values and kind is Scales else kind
         scales = {name: values.pop(name) for name in kind.AXES if name in values}
         if ILM_WEIGHT in values:
             scales["beta"] = 0.0 - values.pop(ILM_WEIGHT)

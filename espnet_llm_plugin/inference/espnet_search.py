@@ -11,6 +11,7 @@ from espnet_llm_plugin import registry
 from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.label_lms import ATTENTION_ILMS, attention_ilm
 from espnet_llm_plugin.inference.loading import TextConverter, sample_rate
 from espnet_llm_plugin.inference.options import (
     add_model_options,
@@ -21,18 +22,16 @@ from espnet_llm_plugin.inference.options import (
 from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 # Our options that mean something in ESPnet's label-synchronous search.
-_LLM = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
-_ILM = ("ilm", "ilm_weight")
-
-Scorers = dict[str, tuple[Any, float]]  # name -> scorer, its weight
+LLM_OPTIONS = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
+_ILM = ("ilm", "ilm_file", "ilm_weight")
 
 
 def decode_with_espnet(args: argparse.Namespace) -> None:
     """Run ESPnet's own inference with ESPnet's options, and with what it lacks.
 
     ``--fusion_llm`` adds an LLM in its own vocabulary, which scores whole words with
-    ``--lm_weight``; ``--ilm zero_context`` the internal LM of an attention decoder, which is
-    subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
+    ``--lm_weight``; ``--ilm zero_context`` or ``mini_lstm`` the internal LM of an attention
+    decoder, which is subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
 
     Raises:
         UserError: Another of our options is set, which ESPnet would not see, or options or models
@@ -46,9 +45,12 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     made: list[TimedSpeech2Text] = []
 
     def changed(speech2text: Any) -> TimedSpeech2Text:
-        added = scorers_of(args, speech2text)
+        added = added_scorers(args, speech2text)
         if added:
-            speech2text.beam_search = extended(speech2text, added)
+            search = speech2text.beam_search
+            weights = {"lm": args.lm_weight, "ilm": -args.ilm_weight}
+            weights = {**getattr(search, "weights", {}), **{name: weights[name] for name in added}}
+            speech2text.beam_search = search_with(speech2text, added, weights)
         made.append(TimedSpeech2Text(speech2text))
         return made[0]
 
@@ -110,20 +112,29 @@ def check_options(args: argparse.Namespace) -> None:
     changed = [name for name in changed_options(args, ours) if name != "search"]
     for name in changed:
         value = getattr(args, name)
-        if name in _LLM:
+        if name in LLM_OPTIONS:
             if not args.fusion_llm:
                 raise UserError(f"--{name} {value}: with --search espnet it needs --fusion_llm")
         elif name in _ILM:
-            if args.ilm != "zero_context":
+            if args.ilm not in ATTENTION_ILMS:
                 raise UserError(
                     f"--{name} {value}: with --search espnet an internal LM is that of an "
-                    "attention decoder: --ilm zero_context"
+                    "attention decoder: --ilm zero_context or mini_lstm"
                 )
         else:
             raise UserError(
                 f"--search espnet knows no --{name}; scales of a factorized_transducer are set in "
                 "the decoder_conf of its config.yaml"
             )
+    check_lms(args)
+
+
+def check_lms(args: argparse.Namespace) -> None:
+    """Refuse two external LMs.
+
+    Raises:
+        UserError: There are.
+    """
     if args.fusion_llm and args.lm_train_config:
         raise UserError(
             f"--fusion_llm {args.fusion_llm}: --lm_train_config {args.lm_train_config} is another "
@@ -131,14 +142,14 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
-def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
-    """The scorers that options ask for, for ESPnet's ``Speech2Text``.
+def added_scorers(args: argparse.Namespace, speech2text: Any) -> dict[str, Any]:
+    """The scorers by name that options ask for, for ESPnet's ``Speech2Text``.
 
     Raises:
         UserError: An LLM without a vocabulary of its own, tokens without known word ends, or a
             model without attention decoder.
     """
-    found: Scorers = {}
+    found: dict[str, Any] = {}
     model, train_args = speech2text.asr_model, speech2text.asr_train_args
     if args.fusion_llm:
         from espnet_llm_plugin.fusion.word_lm import WordLM
@@ -159,12 +170,9 @@ def scorers_of(args: argparse.Namespace, speech2text: Any) -> Scorers:
             dtype=args.fusion_llm_dtype,
         )
         spelling = Spelling(model.token_list, text.token_type, text.text)
-        scorer = WordScorer(llm, spelling, len(model.token_list))
-        found["lm"] = (scorer, args.lm_weight)
-    if args.ilm == "zero_context":
-        from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
-
-        found["ilm"] = (ZeroContextILM.of(model), -args.ilm_weight)
+        found["lm"] = WordScorer(llm, spelling, len(model.token_list))
+    if args.ilm in ATTENTION_ILMS:
+        found["ilm"] = attention_ilm(args.ilm, args.ilm_file, model)
     return found
 
 
@@ -187,8 +195,13 @@ def speech2text_changed(module: Any, change: Callable[[Any], Any]) -> Iterator[N
         cls.from_pretrained = staticmethod(build)
 
 
-def extended(speech2text: Any, added: Mapping) -> Any:
-    """The label-synchronous search of ``speech2text`` with more scorers.
+def search_with(speech2text: Any, added: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
+    """The label-synchronous search of ``speech2text`` with more scorers and other weights.
+
+    Args:
+        speech2text: ESPnet's.
+        added: Scorers by name.
+        weights: By name, of all scorers; one without or of 0 is left out.
 
     Raises:
         UserError: Another kind of search.
@@ -200,13 +213,13 @@ def extended(speech2text: Any, added: Mapping) -> Any:
     search = speech2text.beam_search
     if type(search) not in (BeamSearch, BatchBeamSearch):
         raise UserError(
-            "--fusion_llm and --ilm zero_context belong to ESPnet's label-synchronous search of "
+            "--fusion_llm and --ilm belong to ESPnet's label-synchronous search of "
             f"CTC and attention models, not to {type(search or speech2text).__name__}: leave out "
             "time_sync, streaming and partial_ar; transducers have `--search ours`"
         )
     new = type(search)(
-        scorers={**search.scorers, **{name: scorer for name, (scorer, _) in added.items()}},
-        weights={**search.weights, **{name: weight for name, (_, weight) in added.items()}},
+        scorers={**search.scorers, **added},
+        weights=dict(weights),
         beam_size=search.beam_size,
         vocab_size=search.n_vocab,
         sos=search.sos,

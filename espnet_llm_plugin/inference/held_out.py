@@ -90,8 +90,6 @@ class HeldOut:
             bpemodel=args.bpemodel,
         )
         set_chunk_ms(self.asr.model, args.chunk_ms)
-        if self.asr.text.text([]) is None:
-            raise UserError("the model has no token_type: give --token_type, so that words exist")
         self.has_lm = has_external_lm(args)
         lm = None
         if args.lm_train_config:
@@ -118,6 +116,16 @@ class HeldOut:
                 fusion=fusion_options(args, self.asr),
                 ilm=load_ilm(args.ilm, args.ilm_file, self.asr.model.token_list),
             )
+        self.open_data(args)
+
+    def open_data(self, args: argparse.Namespace) -> None:
+        """The utterances, once the model is loaded.
+
+        Raises:
+            UserError: Bad data, or a model whose tokens make no words.
+        """
+        if self.asr.text.text([]) is None:
+            raise UserError("the model has no token_type: give --token_type, so that words exist")
         self.data = Utterances(
             args.data_path_and_name_and_type,
             self.asr.train_args,
@@ -143,13 +151,6 @@ class HeldOut:
         skip = set(self.data.keys) - set(mine)
         progress = tqdm(total=len(mine), unit="utt", disable=part > 0 or not sys.stderr.isatty())
 
-        def readable() -> Iterator[Utterance]:
-            for utt, speech, reason in self.data.read(skip=list(skip)):
-                if reason:
-                    failed[utt] = reason
-                else:
-                    yield Utterance(utt, speech)
-
         def attempt(batch: Sequence[Utterance]) -> None:
             rate = self.asr.sample_rate
             if rate is not None:
@@ -158,7 +159,7 @@ class HeldOut:
             encoded = [out[:length] for out, length in zip(encoder_out, lengths.tolist())]
             work([one.utt for one in batch], encoded)
 
-        for batch in by_length(readable(), self._batch_size):
+        for batch in by_length(self.data.readable(failed, skip=list(skip)), self._batch_size):
             try:
                 attempt(batch)
             except FAILURES as error:
@@ -192,8 +193,15 @@ Run = Callable[..., list[Any]]
 
 
 @contextmanager
-def workers(args: argparse.Namespace, num_utterances: int) -> Iterator[Run]:
+def workers(
+    args: argparse.Namespace, num_utterances: int, make: type[HeldOut] = HeldOut
+) -> Iterator[Run]:
     """Processes that keep the model while they are used: one on a GPU, ``args.nj`` on the CPU.
+
+    Args:
+        args: Options of a tuning command.
+        num_utterances: No more processes than these.
+        make: Of the options: the utterances and the model.
 
     Yields:
         ``run(function, *more)``: the results of ``function(held_out, part, parts, *more)`` for
@@ -204,7 +212,7 @@ def workers(args: argparse.Namespace, num_utterances: int) -> Iterator[Run]:
         held_out: list[HeldOut] = []
 
         def run_here(function: Callable, *more: Any) -> list[Any]:
-            held_out[:] = held_out or [HeldOut(args)]
+            held_out[:] = held_out or [make(args)]
             return [function(held_out[0], 0, 1, *more)]
 
         yield run_here
@@ -218,7 +226,7 @@ def workers(args: argparse.Namespace, num_utterances: int) -> Iterator[Run]:
 
         def run_there(function: Callable, *more: Any) -> list[Any]:
             futures = [
-                pool.submit(_run_part, args, function, part, processes, *more)
+                pool.submit(_run_part, make, args, function, part, processes, *more)
                 for part in range(processes)
             ]
             return [future.result() for future in futures]
@@ -229,9 +237,9 @@ def workers(args: argparse.Namespace, num_utterances: int) -> Iterator[Run]:
 _held_out: list[HeldOut] = []  # of this worker process
 
 
-def _run_part(args: argparse.Namespace, function: Callable, *more: Any) -> Any:
+def _run_part(make: type[HeldOut], args: argparse.Namespace, function: Callable, *more: Any) -> Any:
     if not _held_out:
-        _held_out.append(HeldOut(args))
+        _held_out.append(make(args))
     return function(_held_out[0], *more)
 
 

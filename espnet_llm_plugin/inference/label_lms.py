@@ -18,6 +18,8 @@ from espnet_llm_plugin.llm.adaptation import load_tokenizer
 from espnet_llm_plugin.llm.backbone import FrozenLLM, resolve_llm
 from espnet_llm_plugin.llm.directory import TOKENS_FILE, llm_tokens
 
+ATTENTION_ILMS = ("zero_context", "mini_lstm")
+
 
 def load_text_scorer(
     args: argparse.Namespace, device: torch.device
@@ -95,6 +97,30 @@ def _stamp(path: str) -> list:
     return [str(path), stat.st_size, stat.st_mtime]
 
 
+def attention_ilm(ilm: str, ilm_file: Optional[str], model: torch.nn.Module) -> Any:
+    """The internal LM of an attention decoder: a scorer of ESPnet's search, and of whole sequences.
+
+    Args:
+        ilm: One of ``ATTENTION_ILMS``.
+        ilm_file: Of ``mini_lstm``.
+        model: ESPnet model.
+
+    Raises:
+        UserError: A model or file that does not fit.
+    """
+    if ilm == "mini_lstm":
+        from espnet_llm_plugin.fusion.mini_lstm import MiniLSTMILM
+
+        return MiniLSTMILM.load(
+            require_file(ilm_file, "--ilm_file", "mini-LSTM written by train_ilm"), model
+        )
+    if ilm_file:
+        raise UserError(f"--ilm_file {ilm_file} is for --ilm mini_lstm, not {ilm}")
+    from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
+
+    return ZeroContextILM.of(model)
+
+
 def internal_lm(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[LabelTextScorer, list[str], dict[str, Any]]:
@@ -103,12 +129,12 @@ def internal_lm(
     Raises:
         UserError: Options that are missing, or another kind of model.
     """
-    from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
-
     end = "none" if args.eos == "none" else "eos"
     model, _ = load_model(args.asr_train_config, args.asr_model_file, str(device))
-    ilm = ZeroContextILM.of(model)
+    ilm = attention_ilm(args.ilm, args.ilm_file, model)
     same = {"ilm": _stamp(args.asr_model_file), "end": end}
+    if args.ilm_file:
+        same["ilm_file"] = _stamp(args.ilm_file)
     tokens = list(model.token_list)
     scorer = LabelTextScorer(lambda ids: ilm(ids, None)[0], len(tokens), device, end=end)
     return scorer, tokens, same

@@ -206,9 +206,9 @@ def load_ilm(
         UserError: One of the two options without the other, a bigram of other tokens, or the
             internal LM of an attention decoder, which our searches do not decode.
     """
-    if ilm == "zero_context":
+    if ilm in ("zero_context", "mini_lstm"):
         raise UserError(
-            "--ilm zero_context is of an attention decoder, decoded by `asr_inference --search "
+            f"--ilm {ilm} is of an attention decoder, decoded by `asr_inference --search "
             "espnet`; an RNN-T has zero_encoder and bigram"
         )
     if ilm != "bigram":
@@ -256,6 +256,21 @@ def read_train_config(config: PathLike) -> dict[str, Any]:
             "ESPnet writes into the experiment directory"
         )
     return content
+
+
+def has_attention_decoder(config: Optional[PathLike]) -> bool:
+    """Whether a training configuration is of an ESPnet model with an attention decoder.
+
+    False where there is no such file, which loading the model reports.
+    """
+    if not config or not Path(config).is_file():
+        return False
+    content = read_train_config(config)
+    ctc_weight = (content.get("model_conf") or {}).get("ctc_weight", 0.5)
+    decoder = content.get("decoder", "transformer")
+    return (
+        content.get("model", "espnet") == "espnet" and ctc_weight != 1.0 and decoder != "transducer"
+    )
 
 
 def _build(task: Any, kind: str, config: PathLike, model_file: PathLike, device: str):

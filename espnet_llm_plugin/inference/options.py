@@ -151,12 +151,15 @@ def add_ilm_options(group: Any) -> None:
     """Which internal LM is subtracted; ``group``: of options."""
     group.add_argument(
         "--ilm",
-        choices=["zero_encoder", "bigram", "zero_context"],
+        choices=["zero_encoder", "bigram", "zero_context", "mini_lstm"],
         default="zero_encoder",
         help="Internal LM of an RNN-T: its own estimate without encoder, or a bigram of its "
-        "labels; of an attention decoder (--search espnet): zero_context",
+        "labels; of an attention decoder (--search espnet): zero_context or mini_lstm",
     )
-    group.add_argument("--ilm_file", help="Bigram written by estimate_ngram --order 2")
+    group.add_argument(
+        "--ilm_file",
+        help="Bigram written by estimate_ngram --order 2, mini-LSTM written by train_ilm",
+    )
 
 
 def add_endpoint_options(parser: argparse.ArgumentParser, default: bool) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import torch
 from tqdm import tqdm
@@ -90,20 +90,13 @@ def _from_speech(args: argparse.Namespace) -> tuple[Prior, list[str], str]:
     failed: dict[str, str] = {}
     progress = tqdm(total=len(data), unit="utt", disable=not sys.stderr.isatty())
 
-    def readable() -> Iterator[Utterance]:
-        for utt, speech, reason in data.read(num_workers=args.num_workers):
-            if reason:
-                failed[utt] = reason
-            else:
-                yield Utterance(utt, speech)
-
     posteriors = PosteriorMean(len(tokens))
 
     def add(batch: Sequence[Utterance]) -> None:
         encoder_out, lengths = encode(model, [one.speech for one in batch])
         posteriors.add(ctc.log_softmax(encoder_out), lengths)
 
-    for batch in by_length(readable(), args.batch_size):
+    for batch in by_length(data.readable(failed, num_workers=args.num_workers), args.batch_size):
         try:
             add(batch)
         except FAILURES:

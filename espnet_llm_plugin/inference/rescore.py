@@ -68,6 +68,8 @@ def rescore(args: argparse.Namespace) -> dict[str, Any]:
         ilm = scores_of(
             own, lists, ScoreStore(output_dir / "ilm_scores.jsonl", same), args.batch_size
         )
+    elif args.ilm_file:
+        raise UserError(f"--ilm_file {args.ilm_file}: it needs --ilm mini_lstm")
     prior = _label_prior(args, lists)
     seconds = time.perf_counter() - start
     candidates = {

@@ -12,6 +12,7 @@ import yaml
 
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.fusion.joint_sum import JointWeights
 from espnet_llm_plugin.fusion.tuning import (
     AnyScales,
     Point,
@@ -33,7 +34,8 @@ from espnet_llm_plugin.inference.held_out import (
     read_references,
     workers,
 )
-from espnet_llm_plugin.inference.loading import LoadedASR
+from espnet_llm_plugin.inference.label_lms import ATTENTION_ILMS
+from espnet_llm_plugin.inference.loading import LoadedASR, has_attention_decoder
 from espnet_llm_plugin.inference.options import identity
 from espnet_llm_plugin.inference.recognizer import default_scales, is_factorized
 from espnet_llm_plugin.speech_llm.hypothesis import SearchWeights
@@ -46,6 +48,12 @@ def tune(args: argparse.Namespace) -> Point:
     Raises:
         UserError: Bad options, models or data.
     """
+    if has_attention_decoder(args.asr_train_config):
+        raise UserError(
+            f"{args.asr_train_config} is of a model with an attention decoder, which ESPnet "
+            "searches point by point: `python -m espnet_llm_plugin.bin.tune_fusion` tunes it from "
+            "n-best lists"
+        )
     references = read_references(args)
     output_dir = Path(args.output_dir)
     same = identity(args, model_files(args))
@@ -160,13 +168,18 @@ def write_results(
     """
     if isinstance(best.scales, SearchWeights):
         keep = tune_speech_llm.KEPT
+    elif isinstance(best.scales, JointWeights):
+        keep = ("beam_size", "normalize_length", *used_options(args))
+        keep += ("ilm", "ilm_file") if args.ilm in ATTENTION_ILMS else ()
     else:
         keep = ("beam_size", "max_symbols_per_frame", "normalize_length", *used_options(args))
     axes = used_axes(points, has_external_lm(args))
     with atomic_write(output_dir / "best.yaml") as stream:
         stream.write(f"# WER {best.wer:.2f} % on {args.text}, best of {len(points)} points\n")
         scales = best.scales_of(axes)
-        yaml.safe_dump({**scales, **{name: getattr(args, name) for name in keep}}, stream)
+        search = {"search": "espnet"} if isinstance(best.scales, JointWeights) else {}
+        kept = {name: getattr(args, name) for name in keep if getattr(args, name) is not None}
+        yaml.safe_dump({**search, **scales, **kept}, stream)
     listing = table(points, reranked)
     with atomic_write(output_dir / "table.txt") as stream:
         stream.write(listing)

@@ -1,18 +1,18 @@
 """Tune scales by re-ranking n-best lists and searching the best points only.
 
-The body of ``bin/tune_fusion``. Lists come from files that ``asr_inference --nbest N`` wrote, or
-from searches at three points of the grid. Every point is scored on the lists; the most promising
-ones are searched, which lengthens the lists, and so on, until that brings nothing [as minimum error
-rate training alternates n-best lists and weights, Och 2003].
+The body of ``bin/tune_fusion``; of models with an attention decoder: ``tune_joint.py``. Lists come
+from files that ``asr_inference --nbest N`` wrote, or from searches at three points of the grid.
+Every point is scored on the lists; the most promising ones are searched, which lengthens the lists,
+and so on, until that brings nothing [as minimum error rate training alternates n-best lists and
+weights, Och 2003].
 """
 
 import argparse
 import json
 import logging
-import math
 import time
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -21,8 +21,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.reranking import (
     Candidate,
     Reranker,
+    alternate,
     first_points,
-    next_points,
 )
 from espnet_llm_plugin.fusion.tuning import Point, best_point, score_grid, search_lists
 from espnet_llm_plugin.inference.held_out import (
@@ -32,13 +32,15 @@ from espnet_llm_plugin.inference.held_out import (
     read_references,
     workers,
 )
+from espnet_llm_plugin.inference.loading import has_attention_decoder
 from espnet_llm_plugin.inference.nbest_files import StoredHypothesis, read_nbest
 from espnet_llm_plugin.inference.options import identity
 from espnet_llm_plugin.inference.recognizer import is_factorized
 from espnet_llm_plugin.inference.tune import finished, grid_of, write_results
+from espnet_llm_plugin.inference.tune_joint import tune_joint
 from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
-from espnet_llm_plugin.transducer.rescoring import (
+from espnet_llm_plugin.transducer.unweighted_scores import (
     external_lm_log_probs,
     factorized_log_probs,
     lm_log_probs,
@@ -63,6 +65,8 @@ def tune_fusion(args: argparse.Namespace) -> Point:
     Raises:
         UserError: Bad options, models or data.
     """
+    if has_attention_decoder(args.asr_train_config):
+        return tune_joint(args)
     for name in ("rounds", "cells"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1 is needed")
@@ -76,46 +80,29 @@ def tune_fusion(args: argparse.Namespace) -> Point:
         return done
 
     start = time.perf_counter()
-    searched: dict[Scales, Point] = {}
     with workers(args, len(references)) as run:
         grid = run(grid_of_part, args)[0]
         alphas = list(dict.fromkeys(scales.alpha for scales in grid))
         lists = Reranker(references, alphas, args.normalize_length)
         failed: dict[str, str] = {}
 
-        def search(points: Sequence[Scales], given: dict[str, list[StoredHypothesis]]) -> None:
+        def search(
+            points: Sequence[Scales], given: Optional[dict[str, list[StoredHypothesis]]] = None
+        ) -> list[Point]:
             known = {utt: lists.known(utt) for utt in references}
             texts: dict[str, list[str]] = {}
-            for found in run(explore, args, grid, points, known, given):
+            for found in run(explore, args, grid, points, known, given or {}):
                 texts.update(found.texts)
                 failed.update(found.failed)
                 for utt, candidates in found.candidates.items():
                     lists.add(utt, candidates)
             check_failures(failed, list(references))
             hypotheses = [texts.get(utt, [""] * len(points)) for utt in references]
-            for point in score_grid(points, list(references.values()), hypotheses):
-                searched[point.scales] = point
+            return score_grid(points, list(references.values()), hypotheses)
 
-        # 1. First lists.
-        search([] if stored else first_points(grid), stored)
-        # 2. The best points, as long as searching them helps. Lists flatter a point that was not
-        #    searched: they lack what it alone would find. So promises are not waited for to end.
-        lowest = _lowest(searched)
-        for number in range(1, args.rounds + 1):
-            reranked = lists.points(grid)
-            points = next_points(reranked, searched, args.cells)
-            if not points:
-                break
-            promise = min(point.wer for point in reranked if point.scales in points)
-            search(points, {})
-            before, lowest = lowest, _lowest(searched)
-            logging.info(
-                f"round {number}: {len(points)} points searched, WER {promise:.2f} on the lists; "
-                f"best searched {lowest:.2f}"
-            )
-            if lowest >= before:
-                break
-        reranked = lists.points(grid)
+        first = search([] if stored else first_points(grid), stored)
+        searched = {point.scales: point for point in first}
+        reranked = alternate(search, lambda: lists.points(grid), searched, args.rounds, args.cells)
 
     failed = {utt: failed[utt] for utt in references if utt in failed}
     for utt, reason in failed.items():
@@ -132,10 +119,6 @@ def tune_fusion(args: argparse.Namespace) -> Point:
     others = {point.scales for point in points if point.scales not in searched}
     write_results(output_dir, args, points, best, same, seconds, failed, others)
     return best
-
-
-def _lowest(searched: Mapping[Scales, Point]) -> float:
-    return min((point.wer for point in searched.values()), default=math.inf)
 
 
 def grid_of_part(

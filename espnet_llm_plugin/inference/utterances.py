@@ -8,6 +8,7 @@ import torch
 
 from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.inference.batches import Utterance
 
 
 class Utterances(torch.utils.data.Dataset):
@@ -88,6 +89,19 @@ class Utterances(torch.utils.data.Dataset):
         yield from torch.utils.data.DataLoader(
             self, batch_size=None, sampler=order, num_workers=num_workers, collate_fn=_as_it_is
         )
+
+    def readable(self, failed: dict[str, str], **how: Any) -> Iterator[Utterance]:
+        """Those that can be read; reasons of the others go into ``failed``.
+
+        Args:
+            failed: By utterance id.
+            how: Arguments of :meth:`read`.
+        """
+        for utt, speech, reason in self.read(**how):
+            if reason:
+                failed[utt] = reason
+            else:
+                yield Utterance(utt, speech)
 
 
 def _as_it_is(item: Any) -> Any:

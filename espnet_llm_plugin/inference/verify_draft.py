@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from espnet_llm_plugin.fusion.prior import load_prior
 from espnet_llm_plugin.fusion.reranking import word_errors
 from espnet_llm_plugin.fusion.slots import ctc_slots, transducer_slots
 from espnet_llm_plugin.fusion.verify import DraftVerifier, Slot, Verified
-from espnet_llm_plugin.inference.batches import Utterance, by_length
+from espnet_llm_plugin.inference.batches import by_length
 from espnet_llm_plugin.inference.decode import FAILURES
 from espnet_llm_plugin.inference.held_out import check_failures
 from espnet_llm_plugin.inference.label_lms import is_adapted, load_label_lm
@@ -152,14 +152,7 @@ def make_drafts(
     progress = tqdm(total=len(data), unit="utt", disable=not sys.stderr.isatty())
     spent, audio = 0.0, 0.0
 
-    def readable() -> Iterator[Utterance]:
-        for utt, speech, reason in data.read(num_workers=args.num_workers):
-            if reason:
-                failed[utt] = reason
-            else:
-                yield Utterance(utt, speech)
-
-    for batch in by_length(readable(), args.batch_size):
+    for batch in by_length(data.readable(failed, num_workers=args.num_workers), args.batch_size):
         for one in batch:
             start = time.perf_counter()
             try:

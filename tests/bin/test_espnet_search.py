@@ -8,6 +8,7 @@ import torch
 from espnet_llm_plugin.bin import asr_inference, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
+from espnet_llm_plugin.fusion.mini_lstm import MiniLSTMILM
 from espnet_llm_plugin.fusion.text_scorers import LabelTextScorer
 from espnet_llm_plugin.fusion.word_lm import WordLM, score_texts
 from espnet_llm_plugin.inference.loading import load_model
@@ -26,6 +27,11 @@ def files(tmp_path_factory):
     weights = torch.load(made["attention"].model)
     weights["decoder.output_layer.bias"][-1] += 30.0  # some hypotheses end
     torch.save(weights, made["attention"].model)
+    made["mini_lstm"] = directory / "mini_lstm.pth"
+    model, _ = load_model(made["attention"].config, made["attention"].model)
+    mini_lstm = MiniLSTMILM.new(model)
+    torch.nn.init.normal_(mini_lstm.mini_lstm.output.weight, std=3.0)
+    mini_lstm.save(made["mini_lstm"])
     made["lm"] = make_lm(directory / "lm", "seq_rnn")
     made["adapted"] = save_adapted_dir(directory / "adapted", TOKENS)
     made["llm"] = save_llm_dir(directory / "llm")
@@ -128,6 +134,26 @@ def test_internal_lm_is_subtracted(decode, plain, ilm):
     compare(plain, found, lambda *of: -0.05 * of_labels(ilm, *of))
 
 
+def test_mini_lstm_is_subtracted(files, decode, plain, ilm):
+    model, _ = load_model(files["attention"].config, files["attention"].model)
+    mini_lstm = MiniLSTMILM.load(files["mini_lstm"], model)
+    scorers = label_scorers(lambda ids: mini_lstm(ids, None)[0])
+    options = ["--ilm", "mini_lstm", "--ilm_file", files["mini_lstm"], "--ilm_weight", "0.05"]
+    found = decode(*options)
+    compare(plain, found, lambda *of: -0.05 * of_labels(scorers, *of))
+    entry = found["utt-c"][0]
+    assert abs(of_labels(scorers, entry, True) - of_labels(ilm, entry, True)) > 0.1
+
+
+@pytest.mark.parametrize("ilm", ["zero_context", "mini_lstm"])
+def test_other_precision(files, decode, ilm):
+    options = ["--ilm", ilm, "--ilm_weight", "0.05"]
+    options += ["--ilm_file", files["mini_lstm"]] if ilm == "mini_lstm" else []
+    single, double = decode(*options), decode(*options, "--dtype", "float64")
+    for utt, entries in single.items():
+        assert double[utt][0].score == pytest.approx(entries[0].score, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["own", "pieces"])
 def test_joint_sum_of_all(files, decode, plain, ilm, kind):
     """CTC + attention decoder + LLM - internal LM."""
@@ -159,6 +185,9 @@ def test_weights_of_zero_change_nothing(files, decode, plain, tmp_path):
     [
         ("attention", "--ilm_weight 0.3", "that of an attention decoder: --ilm zero_context"),
         ("attention", "--ilm bigram", "that of an attention decoder: --ilm zero_context"),
+        ("attention", "--ilm mini_lstm", "--ilm_file is missing: mini-LSTM written by train_ilm"),
+        ("attention", "--ilm zero_context --ilm_file x", "is for --ilm mini_lstm, not zero"),
+        ("attention", "--ilm_file x", "that of an attention decoder: --ilm zero_context"),
         ("attention", "--lm_eos none", "--lm_eos none: with --search espnet it needs --fusion_llm"),
         ("attention", "--fusion_llm LLM LM", "is another LM: give one"),
         ("attention", "--fusion_llm ADAPTED", "adapted to an ASR token list"),
@@ -167,6 +196,7 @@ def test_weights_of_zero_change_nothing(files, decode, plain, tmp_path):
         ("ctc", "--ilm zero_context --ctc_weight 1 --ilm_weight 0.3", "CTC only"),
         ("attention", "--ilm zero_context --search ours", "use `--search espnet`"),
         ("transducer", "--ilm zero_context --search ours", "an RNN-T has zero_encoder and bigram"),
+        ("transducer", "--ilm mini_lstm --search ours", "an RNN-T has zero_encoder and bigram"),
     ],
 )
 def test_what_is_refused(files, decode, kind, options, message):

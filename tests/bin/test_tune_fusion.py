@@ -84,9 +84,8 @@ def test_it_ends_when_a_round_brings_nothing(run, monkeypatch):
         rate = next(rates)
         return [Point(scales, rate, 0, 0, 0, 10) for scales in points]
 
-    module = "espnet_llm_plugin.inference.tune_fusion"
-    monkeypatch.setattr(f"{module}.next_points", next_points)
-    monkeypatch.setattr(f"{module}.score_grid", score_grid)
+    monkeypatch.setattr("espnet_llm_plugin.fusion.reranking.next_points", next_points)
+    monkeypatch.setattr("espnet_llm_plugin.inference.tune_fusion.score_grid", score_grid)
     found = run("factorized", *GRID, "--rounds", "15", "--cells", "1")
     searched = [point["wer"] for point in found["points"] if "reranked" not in point]
     assert sorted(searched) == [30.0, 30.0, 40.0, 50.0, 50.0, 50.0]

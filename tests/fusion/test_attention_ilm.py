@@ -10,11 +10,13 @@ from tests.contracts.scorer_contract import ScorerContract
 VOCAB, DIM = 11, 8
 
 
-def make_decoder():
+def make_decoder(**options):
     from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 
     torch.manual_seed(0)
-    decoder = TransformerDecoder(VOCAB, DIM, attention_heads=2, linear_units=12, num_blocks=2)
+    decoder = TransformerDecoder(
+        VOCAB, DIM, attention_heads=2, linear_units=12, num_blocks=2, **options
+    )
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -25,7 +27,7 @@ class TestAsScorer(ScorerContract):
     vocab_size = VOCAB
 
     def make_scorer(self):
-        return ZeroContextILM(make_decoder(), DIM, torch.device("cpu"))
+        return ZeroContextILM(make_decoder(), DIM)
 
     def test_blank_is_never_predicted(self):
         """It is subtracted: a very low score of the blank would make it likely."""
@@ -44,7 +46,7 @@ def test_any_number_of_zero_frames_is_the_same():
     decoder = make_decoder()
     ids = torch.tensor([[VOCAB - 1, 3, 4, 9], [VOCAB - 1, 2, 2, 2]])
     with torch.no_grad():
-        found, _ = ZeroContextILM(decoder, DIM, torch.device("cpu"))(ids)
+        found, _ = ZeroContextILM(decoder, DIM)(ids)
         expected, _ = decoder(
             torch.zeros(2, 13, DIM), torch.tensor([13, 9]), ids, torch.tensor([4, 4])
         )
@@ -56,7 +58,7 @@ def test_rnn_decoders():
 
     torch.manual_seed(0)
     decoder = RNNDecoder(VOCAB, DIM, hidden_size=6, sampling_probability=0.0).eval()
-    scorer = ZeroContextILM(decoder, DIM, torch.device("cpu"))
+    scorer = ZeroContextILM(decoder, DIM)
     ids = torch.tensor([[VOCAB - 1, 3, 4], [VOCAB - 1, 2, 2]])
     with torch.no_grad():
         together = scorer(ids)[0]

@@ -8,25 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from espnet_llm_plugin.bin import asr_inference, rescore, tune_fusion
+from espnet_llm_plugin.bin import train_ilm, tune_fusion
 from espnet_llm_plugin.inference.options import parse_with_configs
 from tests.integration.test_stories_recipe import PYTHON
 
 pytestmark = pytest.mark.integration
 
 ASR_LLM = "#!/usr/bin/env bash\nprintf '%s\\t' \"$@\" >> calls\necho >> calls\n"
-# Rescoring leaves the weights that it has tuned.
-TOOLS = (
-    PYTHON
-    + """
-while [ $# -gt 1 ]; do [ "$1" != --output_dir ] || directory=$2; shift; done
-[ -z "${directory:-}" ] || {
-    mkdir -p "${directory}"
-    printf 'lm_weight: 0.4\\nilm_weight: 0.2\\nlength_bonus: 1.5\\nprior_weight: 0.0\\n' \\
-        > "${directory}/best.yaml"
-}
-"""
-)
 REQUIRED = ["--output_dir", "x", "--data_path_and_name_and_type", "x,speech,sound"]
 
 
@@ -38,7 +26,7 @@ def copy(tmp_path_factory, root):
     shutil.copytree(root / "conf", target / "conf", symlinks=True)
     (target / "egs2/TEMPLATE/asr1/asr_llm.sh").write_text(ASR_LLM)
     (target / "bin").mkdir()
-    (target / "bin/python3").write_text(TOOLS)
+    (target / "bin/python3").write_text(PYTHON)
     (target / "bin/python3").chmod(0o755)
     return target
 
@@ -94,8 +82,7 @@ def test_models(loquacious, root):
         assert lm["--lm_config"] == "conf/lm/finetune_causal_llm.yaml"
     assert "--lm_token_type" not in pieces and native["--lm_token_type"] == "hugging_face"
     assert aed["--asr_config"] == "conf/loquacious/train_aed.yaml"
-    assert aed["--eval_valid_set"] == "true" and "--skip_train" not in aed
-    assert aed["--inference_config"] == "conf/librispeech/decode_aed_joint.yaml"
+    assert aed["--skip_eval"] == "true" and "--skip_train" not in aed
 
 
 def test_ctc_rows_are_tuned_and_decoded(loquacious):
@@ -135,40 +122,36 @@ def test_ctc_rows_are_tuned_and_decoded(loquacious):
 
 
 def test_joint_sums(loquacious):
-    """Weights from n-best lists of dev, for one pass of ESPnet's search."""
+    """Tuned on dev, from n-best lists of ESPnet's search; decoded with what was found."""
     recipe, calls, tools = loquacious
     decodings = by_tag(calls)
-    base = yaml.safe_load((recipe / "conf/librispeech/decode_aed_joint.yaml").read_text())
-    weights = {"lm_weight": 0.4, "penalty": 1.5}
+    base = yaml.safe_load((recipe / "conf/librispeech/tune_aed.yaml").read_text())
+    mini_lstm = "exp/asr_train_aed/mini_lstm.pth"
     expected = {
-        "aed_llm": ({"fusion_llm": "exp/lm_LLM_native/llm"}, "exp/lm_LLM_native/llm"),
-        "aed_pieces": ({}, "exp/lm_LLM/llm"),
-        "aed_pieces_ilm": ({"ilm": "zero_context", "ilm_weight": 0.2}, "exp/lm_LLM/llm"),
+        "aed": {},
+        "aed_llm": {"fusion_llm": "exp/lm_LLM_native/llm"},
+        "aed_pieces": {},
+        "aed_pieces_ilm": {"ilm": "zero_context"},
+        "aed_pieces_mini_lstm": {"ilm": "mini_lstm", "ilm_file": mini_lstm},
     }
-    for name, (added, llm) in expected.items():
+    for name, added in expected.items():
         call = decodings[f"combine_{name}"]
-        config = recipe / call["--inference_config"]
-        found = yaml.safe_load(config.read_text())
-        if name != "aed_pieces_ilm":  # the tuning of these rows has no internal LM to weigh
-            assert found.pop("ilm_weight") == 0.2
-        assert found == {**base, **weights, **added}
-        parse_with_configs(asr_inference.get_parser(), [*REQUIRED, "--config", str(config)])
+        config = recipe / call["--tune_config"]
+        assert yaml.safe_load(config.read_text()) == {**base, **added}
+        parse_with_configs(
+            tune_fusion.get_parser(), [*REQUIRED, "--text", "x", "--config", str(config)]
+        )
+        assert call["--tune_tool"] == "tune_fusion" and call["--inference_config"] == ""
         assert (call.get("--lm_exp") == "exp/lm_LLM") == name.startswith("aed_pieces")
         assert call["--asr_config"] == "conf/loquacious/train_aed.yaml"
         assert call["--inference_asr_model"] == "valid.acc.ave.pth"
-        (fit,) = [
-            words
-            for words in tools
-            if words[0] == "rescore" and f"exp/asr_train_aed/combine_{name}/tune" in words
-        ]
-        options = dict(zip(fit[1::2], fit[2::2]))
-        assert options["--nbest_dir"] == "exp/asr_train_aed/decode_joint/dev"
-        assert options["--llm"] == llm and ("--ilm" in options) == (name == "aed_pieces_ilm")
-        options["--config"] = str(recipe / options["--config"])
-        args = parse_with_configs(
-            rescore.get_parser(), [word for pair in options.items() for word in pair]
-        )
-        assert args.bonus_unit == "label"  # as ESPnet's penalty
+    (trained,) = [words for words in tools if words[0] == "train_ilm"]
+    options = dict(zip(trained[1::2], trained[2::2]))
+    assert options["--output"] == mini_lstm and options["--ngpu"] == "1"
+    assert options["--text"] == "dump/raw/train_medium/text"
+    assert options["--valid_text"] == "dump/raw/dev/text"
+    assert options["--asr_model_file"] == "exp/asr_train_aed/valid.acc.ave.pth"
+    train_ilm.get_parser().parse_args([word for pair in options.items() for word in pair])
 
 
 def test_one_table_of_all(loquacious, root):
@@ -207,7 +190,7 @@ def test_stages_that_are_not_asked_for(copy):
     _, _, tools = run(copy, "loquacious", *LOQUACIOUS, "--stop_stage", "11")
     assert tools == set()
     _, _, tools = run(copy, "loquacious", *LOQUACIOUS, "--stop_stage", "12")
-    assert {words[0] for words in tools} == {"estimate_prior", "estimate_ngram", "rescore"}
+    assert {words[0] for words in tools} == {"estimate_prior", "estimate_ngram", "train_ilm"}
 
 
 @pytest.mark.parametrize("corpus", ["librispeech", "loquacious"])
@@ -216,7 +199,7 @@ def test_mini(copy, corpus):
     configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
     assert all((recipe / value).is_file() for value in configs)
     assert f"conf/{corpus}/mini/train_aed.yaml" in configs
-    assert len(by_tag(calls)) == 13  # 12 rows, and the training of the CTC model
+    assert len(by_tag(calls)) == 14  # 13 rows, and the training of the CTC model
     table = yaml.safe_load((recipe / "exp/mini/results_combination.yaml").read_text())
     assert table["cpu_time"] is True
 

@@ -11,8 +11,8 @@ from espnet_llm_plugin.transducer.alignment import AlignmentSums, best_alignment
 from espnet_llm_plugin.transducer.base_model import trim
 from espnet_llm_plugin.transducer.lattice import lattice_nll
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
-from espnet_llm_plugin.transducer.rescoring import lm_log_probs
 from espnet_llm_plugin.transducer.scorer import build_scorer
+from espnet_llm_plugin.transducer.unweighted_scores import lm_log_probs
 from tests.transducer.tiny import batch, factorized, rnnt
 
 MODELS = {

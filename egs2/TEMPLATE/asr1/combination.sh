@@ -43,6 +43,7 @@ combination_defaults() { # name of the corpus
     if [ "${mini}" = true ]; then
         : "${aed_config:=conf/$1/mini/train_aed.yaml}"
         : "${tune_config:=conf/$1/mini/tune_combination.yaml}"
+        : "${tune_aed_config:=conf/librispeech/mini/tune_aed.yaml}"
     elif [ "$1" = loquacious ]; then
         : "${ctc_config:=conf/loquacious/train_ctc.yaml}" "${aed_config:=conf/loquacious/train_aed.yaml}"
     elif [ "$1" = librispeech ]; then
@@ -52,6 +53,7 @@ combination_defaults() { # name of the corpus
         die "--system combination has no configurations for $1; give another --system"
     fi
     : "${tune_config:=conf/librispeech/tune_combination.yaml}"
+    : "${tune_aed_config:=conf/librispeech/tune_aed.yaml}"
     : "${inference_config:=conf/librispeech/decode_combination.yaml}"
     : "${combinations:=all}"
     select_combinations > /dev/null
@@ -100,8 +102,7 @@ combination() {
         native=${expdir}/lm_${tag}_native/llm
     fi
     if [[ ${rows} = *aed* ]]; then
-        asr_aed --inference_tag decode_joint --eval_valid_set true \
-            --inference_config conf/librispeech/decode_aed_joint.yaml
+        asr_aed --skip_eval true
     fi
     if [[ ${rows} = *prior* ]] && asked_for 12; then
         estimate_prior_of "${ctc}" "${dumpdir}/raw/$(training_set)" --ngpu "$(decoding_gpus)"
@@ -109,14 +110,25 @@ combination() {
     if [[ ${rows} = *ngram* ]] && asked_for 12; then
         estimate_ngram_of "${ctc}" "${expdir}/lm_stats_${tag}/lm_train.txt" "${pieces}/ngram4.npz"
     fi
+    if [[ ${rows} = *mini_lstm* ]] && asked_for 12; then
+        train_mini_lstm
+    fi
     for row in ${rows}; do
-        [ "${row}" = aed ] || "combine_$(cell "${row}" 2)" "${row}"
+        "combine_$(cell "${row}" 2)" "${row}"
     done
     ! asked_for 13 || combination_table
 }
 
 asr_aed() { # options
     asr "${aed_config}" --inference_asr_model valid.acc.ave.pth "$@"
+}
+
+train_mini_lstm() {
+    local model=${aed}/valid.acc.ave.pth
+    [ "${aed}/mini_lstm.pth" -nt "${model}" ] || tool train_ilm --output "${aed}/mini_lstm.pth" \
+        --asr_train_config "${aed}/config.yaml" --asr_model_file "${model}" \
+        --text "${dumpdir}/raw/$(option train_set train)/text" --valid_text "${valid}/text" \
+        --ngpu "$(decoding_gpus)"
 }
 
 combine_ctc() { # row
@@ -130,31 +142,20 @@ combine_ctc() { # row
         --tune_tool tune_fusion --tune_config "$(with_lines "${tune_config}" "tune_$1" "${lines}")"
 }
 
-# By ESPnet's search, which nothing tunes: the weights are fitted to the n-best lists of the valid set
-# that CTC + AED has written, and then used in one pass.
+# By ESPnet's search.
 combine_aed() { # row
-    local options=() lines="" fit=() weights=${aed}/combine_$1/tune lists
-    lists=${aed}/decode_joint/$(basename "${valid}")
+    local options=() lines=""
     case $(cell "$1" 3) in
-        native) fit=(--llm "${native}") lines="fusion_llm: ${native}" ;;
-        pieces) fit=(--llm "${pieces}/llm") options=(--use_lm true --lm_exp "${pieces}") ;;
+        native) lines="fusion_llm: ${native}" ;;
+        pieces) options=(--use_lm true --lm_exp "${pieces}") ;;
     esac
-    if [[ $(cell "$1" 4) = *ilm* ]]; then
-        lines+=$'\n'"ilm: zero_context"
-        fit+=(--ilm zero_context --asr_train_config "${aed}/config.yaml"
-            --asr_model_file "${aed}/valid.acc.ave.pth")
-    fi
-    if asked_for 12 && ! [ "${weights}/best.yaml" -nt "${lists}/.done" ]; then
-        tool rescore --nbest_dir "${lists}" --text "${valid}/text" "${fit[@]}" \
-            --config conf/librispeech/rescore.yaml --ngpu "$(decoding_gpus)" --output_dir "${weights}"
-    fi
-    # names of the search's options; a weight of nothing is left out
-    [ ! -f "${weights}/best.yaml" ] || lines+=$'\n'$(
-        sed -nE -e '/^(lm|ilm)_weight: [^0]|^(lm|ilm)_weight: 0\.[0-9]*[1-9]/p' \
-            -e 's/^length_bonus:/penalty:/p' "${weights}/best.yaml"
-    )
-    asr_aed --skip_train true --inference_tag "combine_$1" "${options[@]}" --inference_config \
-        "$(with_lines conf/librispeech/decode_aed_joint.yaml "decode_$1" "${lines}")"
+    case $(cell "$1" 4) in
+        *zero_context) lines+=$'\n'"ilm: zero_context" ;;
+        *mini_lstm) lines+=$'\n'"ilm: mini_lstm"$'\n'"ilm_file: ${aed}/mini_lstm.pth" ;;
+    esac
+    # decoded with what was tuned, and nothing else
+    asr_aed --skip_train true --inference_tag "combine_$1" "${options[@]}" --inference_config "" \
+        --tune_tool tune_fusion --tune_config "$(with_lines "${tune_aed_config}" "tune_$1" "${lines}")"
 }
 
 # --- the table ------------------------------------------------------------------------------------
@@ -171,7 +172,6 @@ entry_of() { # row
     local decoded models=() lm=""
     case $(cell "$1" 2) in ctc) models=("${ctc}") ;; aed) models=("${aed}") ;; esac
     decoded=${models[0]}/combine_$1
-    [ "$1" != aed ] || decoded=${aed}/decode_joint
     case $(cell "$1" 3) in
         native) lm=${native%/llm} ;;
         pieces) lm=${pieces} ;;

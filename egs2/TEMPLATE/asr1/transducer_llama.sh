@@ -28,10 +28,11 @@ common=() forwarded=()
 system=transducer units="" small_llama=train_llama num_pieces=5000
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
 ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
-finetune_model=valid.loss.ave.pth aed_config="" combinations=""
+finetune_model=valid.loss.ave.pth aed_config="" tune_aed_config="" combinations=""
 # For read_options, beside the recipe's own.
 shared_options="mini system units llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
-shared_options+=" tune_config inference_config finetune_config finetune_model aed_config combinations"
+shared_options+=" tune_config inference_config finetune_config finetune_model aed_config"
+shared_options+=" tune_aed_config combinations"
 
 usage() {
     comment_of run.sh

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from espnet_llm_plugin.transducer import rescoring
+from espnet_llm_plugin.transducer import unweighted_scores
 from espnet_llm_plugin.transducer.hypothesis import Scales
 from espnet_llm_plugin.transducer.loss import factorized_rnnt_loss
 from espnet_llm_plugin.transducer.prefix_tree import PrefixTree
@@ -36,17 +36,19 @@ def alone(model, encoder_out, labels, alpha):
 @pytest.mark.parametrize("predictor", ["stateless", "lstm"])
 @pytest.mark.parametrize("lm_scores", [4_000_000, 60])  # all at once, or two at a time
 def test_factorized_log_probs(blank_norm, predictor, lm_scores, monkeypatch):
-    monkeypatch.setattr(rescoring, "_LM_SCORES", lm_scores)
+    monkeypatch.setattr(unweighted_scores, "_LM_SCORES", lm_scores)
     model = tiny.factorized(predictor=predictor, blank_norm=blank_norm).eval()
     encoder_out = torch.randn(6, tiny.DIM)
-    found = rescoring.factorized_log_probs(
+    found = unweighted_scores.factorized_log_probs(
         model.decoder, encoder_out, HYPOTHESES, ALPHAS, tree_of(model)
     )
     with torch.no_grad():
         slow = [[alone(model, encoder_out, hyp, alpha) for hyp in HYPOTHESES] for alpha in ALPHAS]
     np.testing.assert_allclose(found, slow, atol=1e-4)
     assert np.ptp(found, axis=0).max() > 1e-2  # alpha has an effect
-    none = rescoring.factorized_log_probs(model.decoder, encoder_out, [], ALPHAS, tree_of(model))
+    none = unweighted_scores.factorized_log_probs(
+        model.decoder, encoder_out, [], ALPHAS, tree_of(model)
+    )
     assert none.shape == (3, 0)
 
 
@@ -59,7 +61,9 @@ def test_factorized_log_probs_are_those_of_a_wide_search():
     hyps = state.nbest(5)[0]
     labels = [hyp.labels for hyp in hyps]
     calls = state.tree.num_predictor
-    found = rescoring.factorized_log_probs(model.decoder, encoder_out, labels, [0.3], state.tree)
+    found = unweighted_scores.factorized_log_probs(
+        model.decoder, encoder_out, labels, [0.3], state.tree
+    )
     searched = np.array([hyp.acoustic for hyp in hyps])
     assert (found[0] >= searched - 1e-4).all()  # the search has pruned alignments
     np.testing.assert_allclose(found[0], searched, atol=2e-2)
@@ -68,7 +72,7 @@ def test_factorized_log_probs_are_those_of_a_wide_search():
 
 def test_lm_log_probs_of_a_predictor_are_teacher_forced():
     model = tiny.factorized(predictor="lstm").eval()
-    found = rescoring.lm_log_probs(tree_of(model), HYPOTHESES)
+    found = unweighted_scores.lm_log_probs(tree_of(model), HYPOTHESES)
     with torch.no_grad():
         for labels, score in zip(HYPOTHESES, found):
             rows = model.decoder.predictor(torch.tensor([labels], dtype=torch.long).reshape(1, -1))
@@ -80,6 +84,6 @@ def test_external_lm_log_probs():
     model = tiny.rnnt().eval()
     labels = build_scorer(model).num_labels
     lm = TableLM(labels, 3)
-    found = rescoring.external_lm_log_probs(tree_of(model, lm), HYPOTHESES)
+    found = unweighted_scores.external_lm_log_probs(tree_of(model, lm), HYPOTHESES)
     slow = [sum(float(lm.row(hyp[:u])[label]) for u, label in enumerate(hyp)) for hyp in HYPOTHESES]
     assert found == pytest.approx(slow, abs=1e-4)
