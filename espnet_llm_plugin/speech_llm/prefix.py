@@ -27,7 +27,7 @@ from espnet_llm_plugin.speech_llm.sequence import (
     length_mask,
     take,
 )
-from espnet_llm_plugin.speech_llm.state import ROOM, Recording, SharedKeys, SpeechState
+from espnet_llm_plugin.speech_llm.state import ROOM, Packed, Recording, SharedKeys, SpeechState
 
 MASKS = ("causal", "bidirectional")
 
@@ -97,16 +97,24 @@ class PrefixInterface(Interface):
         sequence, lengths = self._compose(audio, audio_lengths, before, after, soft)
         columns = sequence.embeddings.size(1)
         keys = SharedKeys(len(audio), columns + ROOM)
-        if columns:
-            model = self.llm.model(audio.device)
-            reading = Recording(keys)
-            with installed(model):
-                masked = self._masked(sequence, lengths, soft)
-                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
-            check_read(model, reading)
         seen = length_mask(sequence.lengths, columns)
         if self.padding == "left":
             seen = ~length_mask(sequence.first, columns)
+        model, masked = self.llm.model(audio.device), self._masked(sequence, lengths, soft)
+        if columns and self._fast and not model.training:
+            rows = Packed(keys, seen, masked.get("mask"))
+            self._fast[0].fill(
+                rows.packed(sequence.embeddings),
+                rows.packed(sequence.positions),
+                columns,
+                rows.write,
+                rows.attend,
+            )
+        elif columns:
+            reading = Recording(keys)
+            with installed(model):
+                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
+            check_read(model, reading)
         return SpeechState.begin(keys, seen, sequence.lengths)
 
     def _step(self, tokens, state, parents):
