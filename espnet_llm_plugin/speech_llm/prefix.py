@@ -52,6 +52,7 @@ class PrefixInterface(Interface):
             if value not in known:
                 raise UserError(f"interface_conf: {name} {value!r}; expected {' or '.join(known)}.")
         self.mask, self.padding = mask, padding
+        self.needs_masks = (mask, padding) != ("causal", "right")
         self._shares = True
         if mask == "bidirectional":
             reason = why_no_reading(llm.config)
@@ -165,7 +166,7 @@ class PrefixInterface(Interface):
         self, sequence: Composed, audio_lengths: Tensor, soft: Optional[Tensor]
     ) -> dict[str, Optional[Tensor]]:
         """Mask and positions for the LLM."""
-        if self.mask == "causal" and self.padding == "right":
+        if not self.needs_masks:
             return {}  # the padding comes after everything that is used
         columns = torch.arange(sequence.embeddings.size(1), device=audio_lengths.device)
         end = sequence.first + sequence.lengths
