@@ -204,7 +204,8 @@ jobs_for() {
     echo "${jobs}"
 }
 # Seconds of training in <directory>/time.json, of the clock and of the CPU (which does not count
-# what else the machine does). Those of killed runs are included, both by the clock.
+# what else the machine does). Those of killed runs are included, both by the clock. Beside them the
+# peak memory of the largest process that the log knows, resident and of the GPU.
 cpu_seconds() { # of the processes that this shell (not a subshell) has waited for: `cpu_used`
     times > "$1/.times"
     cpu_used=$(awk -F '[ms ]+' 'END {printf "%.0f", 60 * ($1 + $3) + $2 + $4}' "$1/.times")
@@ -221,13 +222,28 @@ start_clock() {
     cpu_seconds "$1"
     cpu_before=${cpu_used}
 }
+peak_memory() { # log of a training
+    [ -f "$1" ] || return 0
+    awk '
+        function more(most, value) { return value > most ? value : most }
+        match($0, /peak resident memory: [0-9]+/) {
+            resident = more(resident, substr($0, RSTART + 22, RLENGTH - 22) + 0)
+        }
+        match($0, /gpu_max_cached_mem_GB=[0-9.]+/) { # the statistics of an epoch
+            gpu = more(gpu, substr($0, RSTART + 22, RLENGTH - 22) * 1073741824)
+        }
+        END {
+            if (resident) printf ", \"memory_bytes\": %.0f", resident
+            if (gpu) printf ", \"gpu_memory_bytes\": %.0f", gpu
+        }' "$1"
+}
 stop_clock() {
     local before=0
     cpu_seconds "$1"
     [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
-    printf '{"seconds": %d, "cpu_seconds": %d}\n' \
+    printf '{"seconds": %d, "cpu_seconds": %d%s}\n' \
         $((before + $(date +%s) - $(stat -c %Y "$1/.started"))) \
-        $((before + cpu_used - cpu_before)) > "$1/time.json"
+        $((before + cpu_used - cpu_before)) "$(peak_memory "$1/train.log")" > "$1/time.json"
     rm -f "$1/.started" "$1/.seconds"
 }
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.
