@@ -318,6 +318,34 @@ def test_a_copy_of_an_llm_is_the_same_llm_and_other_weights_are_not(root, tmp_pa
     assert marks[0] == marks[1] != marks[2] and marks[0].strip()
 
 
+def test_options_of_the_adaptation_reach_it_and_adapt_again(root, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "text").write_text("a b\n")
+    for name, content in (("llm/config.json", "{}"), ("data/token_list/char/tokens.txt", "a\n")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    command = [root / "egs2/TEMPLATE/asr1/asr_llm.sh", "--stage", 6, "--stop_stage", 6]
+    command += ["--python", "./python", "--token_type", "char", "--llm", "llm", "--use_lm", "true"]
+    command += ["--train_set", "train", "--valid_set", "dev", "--test_sets", "test"]
+    command += ["--lm_tag", "x", "--lm_train_text", "text", "--lm_dev_text", "text"]
+    runs = [
+        ([], ["mean", "true"]),
+        (["--exact_match", "true"], None),  # the same as before: already done
+        (["--exact_match", "false"], ["mean", "false"]),
+        (["--oov_init", "random", "--exact_match", "false"], ["random", "false"]),
+        (["--oov_init", "random"], ["random", "true"]),
+    ]
+    for options, expected in runs:
+        (tmp_path / "calls").write_text("")
+        result = run([*command, *options], tmp_path)
+        assert result.returncode == 0, result.stderr
+        words = (tmp_path / "calls").read_text().split()
+        names = ("--oov_init", "--exact_match")
+        found = [words[words.index(name) + 1] for name in names] if words else None
+        assert found == expected
+
+
 def test_time_and_memory_of_a_training(root, tmp_path):
     """Of the largest process, what the log says."""
     functions = "; ".join(

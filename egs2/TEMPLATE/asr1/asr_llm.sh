@@ -75,6 +75,7 @@ lm_dev_text=              # LM validation text (default: transcripts of the vali
 lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
 llm=                      # Pretrained LLM to adapt (or that has the tokens): directory or hub id
 oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
+exact_match=true          # Pieces that are tokens of the LLM take their rows; false: as unmatched ones
 asr_tag=                  # Name of the ASR experiment (default: from asr_config)
 asr_exp=                  # Directory of the ASR experiment (default: <expdir>/asr_<asr_tag>)
 asr_config=               # ASR training configuration; empty: stages 10-13 are left out
@@ -507,7 +508,8 @@ if runs 6; then
     fi
     if [ "${lm_token_type}" != hugging_face ] && [ -n "${llm}" ]; then
         log "stage 6: adapt ${llm} to ${token_list}"
-        mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" "${oov_init}")
+        mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" \
+            "${oov_init}${exact_match#true}") # the default leaves the marks as they were
         if is_done "${lm_exp}/.adapted" "${mark}"; then
             log "already done"
         else
@@ -517,7 +519,7 @@ if runs 6; then
             [ "${bpemodel}" = none ] || adapt_args="--bpemodel ${bpemodel}"
             # shellcheck disable=SC2086
             tool adapt_vocabulary --llm "${llm}" --token_list "${token_list}" ${adapt_args} \
-                --oov_init "${oov_init}" --text "${lm_dev_text}" --text_has_ids true \
+                --oov_init "${oov_init}" --exact_match "${exact_match}" --text "${lm_dev_text}" --text_has_ids true \
                 --output_dir "${lm_exp}/adapted"
             mark_done "${lm_exp}/.adapted" "${mark}"
         fi
