@@ -35,15 +35,15 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
     return resident_peak(reset=False) - before
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Seconds of a run."""
+def seconds(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds of a run: by the clock, and of all processors together."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
 def serve(run: Callable[[], object], device: str) -> None:
@@ -85,7 +85,8 @@ class Worker:
 
 
 def compare(rows: Sequence[dict], options: Callable[[dict], Sequence[str]], repeats: int) -> None:
-    """Measure rows side by side: adds ``median_s``, ``best_s``, ``memory_bytes`` and ``result``.
+    """Measure rows side by side: adds ``median_s``, ``best_s``, ``best_cpu_s`` (of all processors
+    together), ``memory_bytes`` and ``result``.
 
     Args:
         rows: Get the figures; those with ``skipped`` are left out.
@@ -105,5 +106,6 @@ def compare(rows: Sequence[dict], options: Callable[[dict], Sequence[str]], repe
             row["times"].append(worker.ask("time"))
     for row, worker in workers:
         worker.close()
-        times = row.pop("times")
+        times, used = zip(*row.pop("times"))
         row["median_s"], row["best_s"] = statistics.median(times), min(times)
+        row["best_cpu_s"] = min(used)

@@ -3,7 +3,8 @@
 
 All have the same LLaMA (random weights, or --llm DIR), the same audio embeddings of utterances of
 different lengths, and write the same number of tokens, so that the work is equal; whether the
-tokens are the same is a column.
+tokens are the same is a column. With --ends together all utterances of a batch end at once; with
+--ends apart (greedy only) each has as many tokens as fit its length, as transcripts have.
 
 * ours: the label-synchronous search over the `prefix` interface; the audio is read once.
 * generate: transformers, same batch and beam, left-padded embeddings and a mask.
@@ -68,10 +69,33 @@ def make_llm(directory: Path, args: argparse.Namespace) -> Path:
 def make_audio(args: argparse.Namespace, size: int) -> list[torch.Tensor]:
     """Embeddings (P, D) of utterances, from 60 % of the longest length to all of it."""
     generator = torch.Generator().manual_seed(1)
-    shares = torch.linspace(1.0, 0.6, args.batch).tolist()
     return [
-        0.3 * torch.randn(int(share * args.audio), size, generator=generator) for share in shares
+        0.3 * torch.randn(int(share * args.audio), size, generator=generator)
+        for share in audio_shares(args)
     ]
+
+
+def audio_shares(args: argparse.Namespace) -> list[float]:
+    """Lengths of the utterances, of the longest one's."""
+    return torch.linspace(1.0, 0.6, args.batch).tolist()
+
+
+def wanted_tokens(args: argparse.Namespace) -> list[int]:
+    """Tokens of each utterance."""
+    apart = args.ends == "apart"
+    return [round(args.tokens * share) if apart else args.tokens for share in audio_shares(args)]
+
+
+class EndAt:
+    """A logits processor: the last token of each utterance is the end symbol, none before is."""
+
+    def __init__(self, wanted: list[int], beam: int, device: str):
+        self.last = torch.tensor(wanted, device=device).repeat_interleave(beam) - 1
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        over = (self.last <= ids.size(1))[:, None]
+        end = torch.arange(scores.size(1), device=scores.device) == EOS
+        return scores.masked_fill(end ^ over, -torch.inf)
 
 
 # ------------------------------------------------------------------------------------ searches
@@ -101,7 +125,7 @@ def ours(llm: str, args: argparse.Namespace) -> Callable:
     @torch.inference_mode()
     def run():
         state = interface.start(padded, lengths, (), ())
-        wanted = [args.tokens] * args.batch
+        wanted = wanted_tokens(args)
         scorers = {"decoder": LLMScorer(interface, state)}
         lists = search(scorers, wanted, min_tokens=wanted, device=args.device)
         return [list(hyps[0].tokens) for hyps in lists]
@@ -109,14 +133,15 @@ def ours(llm: str, args: argparse.Namespace) -> Callable:
     return run
 
 
-def generation(args: argparse.Namespace) -> dict:
-    """Options of generate for a fixed number of tokens."""
+def generation(args: argparse.Namespace, wanted: list[int]) -> dict:
+    """Options of generate for fixed numbers of tokens."""
     return dict(
         do_sample=False,
         num_beams=args.beam,
         length_penalty=0.0,
-        min_new_tokens=args.tokens,
-        max_new_tokens=args.tokens,
+        logits_processor=[EndAt(wanted, args.beam, args.device)] if len(set(wanted)) > 1 else None,
+        min_new_tokens=min(wanted) if len(set(wanted)) == 1 else None,
+        max_new_tokens=max(wanted),
         eos_token_id=EOS,
         pad_token_id=0,
     )
@@ -138,10 +163,11 @@ def generate(llm: str, args: argparse.Namespace) -> Callable:
     )
     places = torch.arange(longest, device=args.device)
     mask = torch.stack([places >= longest - len(row) for row in rows]).long()
+    options = generation(args, wanted_tokens(args))
 
     @torch.inference_mode()
     def run():
-        found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **generation(args))
+        found = model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
         return found.tolist()
 
     return run
@@ -166,7 +192,7 @@ def espnet(llm: str, args: argparse.Namespace) -> Callable:
     decoder.prefix, decoder.postfix = nothing, table[None, BOS : BOS + 1].detach()
     audio = [one.to(args.device, table.dtype) for one in make_audio(args, table.shape[1])]
 
-    def one_utterance(embeddings: torch.Tensor) -> list[int]:
+    def one_utterance(embeddings: torch.Tensor, wanted: int) -> list[int]:
         # the lines of espnet2.bin.asr_inference.Speech2Text.__call__
         forward_args, _ = decoder.add_prefix_postfix(
             embeddings[None],
@@ -180,13 +206,13 @@ def espnet(llm: str, args: argparse.Namespace) -> Callable:
             input_ids.repeat(args.beam, 1),
             inputs_embeds=forward_args["inputs_embeds"].repeat(args.beam, 1, 1),
             attention_mask=input_ids.repeat(args.beam, 1),
-            **generation(args),
+            **generation(args, [wanted]),
         )
         return yseq[0, shape[1] :].tolist()
 
     @torch.inference_mode()
     def run():
-        return [one_utterance(one) for one in audio]
+        return [one_utterance(*one) for one in zip(audio, wanted_tokens(args))]
 
     return run
 
@@ -205,7 +231,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     rows = []
     names = ("vocab", "hidden", "layers", "heads", "kv_heads", "audio", "tokens", "threads")
     shared = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
-    shared += ["--device", args.device, "--dtype", args.dtype]
+    shared += ["--device", args.device, "--dtype", args.dtype, "--ends", args.ends]
     with tempfile.TemporaryDirectory() as directory:
         llm = args.llm or str(make_llm(Path(directory) / "llm", args))
         for batch in args.batches:
@@ -214,6 +240,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
                 def options(row: dict) -> list[str]:
                     own = ["--batch", str(row["batch"]), "--beam", str(row["beam"])]
+                    own += ["--beams", str(row["beam"])]
                     return ["--worker", row["search"], "--llm", llm, *own, *shared]
 
                 compare(some, options, args.repeats)
@@ -232,13 +259,16 @@ def show(rows: list[dict], args: argparse.Namespace) -> str:
         mine = ours_of.get((row["batch"], row["beam"]))
         faster = less = same = ""
         if mine is not None and mine is not row:
-            faster = f"{row['median_s'] / mine['median_s']:.2f}x"
+            faster = f"{row[args.time] / mine[args.time]:.2f}x"
             less = f"{row['memory_bytes'] / max(1.0, mine['memory_bytes']):.1f}x"
-            equal = sum(a == b for a, b in zip(row["result"], mine["result"]))
+            # the last token may be the end symbol, and padding may follow
+            lengths = [len(tokens) - 1 for tokens in mine["result"]]
+            pairs = zip(row["result"], mine["result"], lengths)
+            equal = sum(a[:length] == b[:length] for a, b, length in pairs)
             same = f"{equal} of {row['batch']}"
         lines.append(
             f"|{row['batch']}|{row['beam']}|{ROWS[row['search']]}"
-            f"|{1e3 * row['median_s'] / args.tokens:.1f}|{row['batch'] / row['median_s']:.2f}"
+            f"|{1e3 * row[args.time] / args.tokens:.1f}|{row['batch'] / row[args.time]:.2f}"
             f"|{row['memory_bytes'] / 1e6:.0f}|{faster}|{less}|{same}|"
         )
     return "\n".join(lines)
@@ -259,6 +289,13 @@ def main(cmd: Optional[list[str]] = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--searches", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--ends", default="together", choices=["together", "apart"])
+    parser.add_argument(
+        "--time",
+        default="median_s",
+        choices=["median_s", "best_s", "best_cpu_s"],
+        help="of the runs; on a machine that does other things too the best processor time",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -268,6 +305,8 @@ def main(cmd: Optional[list[str]] = None) -> None:
         kind = str if name == "worker" else int
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args(cmd)
+    if args.ends == "apart" and args.beams != [1]:
+        parser.error("--ends apart is for --beams 1: peers would weigh the end symbol")
     if args.worker:
         work(args)
         return

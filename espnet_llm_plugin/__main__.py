@@ -17,6 +17,7 @@ from typing import Optional, Sequence
 
 from espnet_llm_plugin import __version__, compat, registry
 from espnet_llm_plugin.errors import UserError, run_cli
+from espnet_llm_plugin.memory import report_peak
 from espnet_llm_plugin.spawn_name import SCRIPT_VARIABLE, SPAWNED_MODULE
 
 USAGE = """usage: python -m espnet_llm_plugin -m MODULE [ARGUMENT ...]
@@ -77,7 +78,9 @@ def run_module(name: str, arguments: list[str]) -> Optional[int]:
     tasks = {kind for kind, (task, _) in registry.CHOICES.items() if task in sys.modules}
     if tasks or not name.startswith("espnet2.bin."):
         registry.register(tuple(tasks) or tuple(registry.CHOICES))
-    return module.main()
+    code = module.main()
+    report_peak(name)
+    return code
 
 
 def run_script(path: str, arguments: list[str]) -> None:

@@ -150,6 +150,16 @@ def torch_dtype(dtype: str) -> Union[torch.dtype, str]:
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
+def no_attention(name: str, error: Exception) -> UserError:
+    """Why a kind of attention that was asked for cannot be had."""
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"attn_implementation {name!r} cannot be used here ({type(error).__name__}: {reason}); "
+        "flash_attention_2 needs a CUDA GPU and `pip install flash-attn`. `sdpa` (default) works "
+        "everywhere."
+    )
+
+
 def load_causal_lm(
     name_or_dir: Union[str, Path],
     *,
@@ -165,7 +175,8 @@ def load_causal_lm(
             that transformers knows.
 
     Raises:
-        UserError: Missing, truncated, not a causal LM, or weights that do not fill the model.
+        UserError: Missing, truncated, not a causal LM, weights that do not fill the model, or an
+            attention that cannot be had here.
     """
     directory = resolve_llm(name_or_dir)
     wanted = torch_dtype(dtype)
@@ -190,13 +201,16 @@ def load_causal_lm(
         except (ValueError, ImportError) as error:
             if attn_implementation == "eager":
                 raise
+            if attn_implementation != "sdpa":
+                raise no_attention(attn_implementation, error) from error
             logging.warning(
-                "%s: no %s attention (%s); using eager attention.",
+                "%s: no sdpa attention (%s); using eager attention.",
                 directory,
-                attn_implementation,
                 str(error).split("\n")[0],
             )
             model, info = load("eager")
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from espnet2.lm.abs_model import AbsLM
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm
+from espnet_llm_plugin.llm.backbone import FrozenLLM, LLMIdentity, load_causal_lm, no_attention
 from espnet_llm_plugin.llm.directory import set_special_ids
 from espnet_llm_plugin.llm.own_tokens import OwnTokens, check_vocab_size, has_own_tokens
 from espnet_llm_plugin.llm.prefix_state import PrefixState, TokenTree
@@ -307,10 +307,14 @@ def build_from_config(config: dict, vocab_size: int, attn_implementation: str = 
     try:
         try:
             return build(attn_implementation)
-        except ValueError as error:
-            if "scaled_dot_product" not in str(error) and "attention" not in str(error):
+        except (ValueError, ImportError) as error:
+            if "scaled_dot_product" not in str(error) and "attention" not in str(error).lower():
                 raise
+            if attn_implementation != "sdpa":
+                raise no_attention(attn_implementation, error) from error
             return build("eager")
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

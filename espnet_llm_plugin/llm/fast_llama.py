@@ -1,4 +1,4 @@
-"""One new token per prefix through a LLaMA-like decoder, without the modules around its weights.
+"""New tokens of prefixes through a LLaMA-like decoder, without the modules around its weights.
 
 N: prefixes in one call, P: tokens of the longest with the new one, D: head dimension,
 H: key/value heads, G: query heads of each of them, E: model width, F: feed-forward width,
@@ -144,31 +144,66 @@ class FastLlama:
             attend: From the number of a layer and rotated queries, keys and values (N, heads, D),
                 side by side, to what attention finds (N, ...), H G D numbers.
         """
-        number = tokens.size(0)
-        cos, sin = self._rotation(positions, length)
-        half, rotated = cos.size(-1) // 2, self.heads + self.kv_heads
+        rotation = self._rotation(positions, length)
         x = functional.embedding(tokens, self._embedding)
         for n, layer in enumerate(self._layers):
-            # 1. Queries, keys and values (N, heads, D) in one tensor, the first two rotated.
             y = torch.rms_norm(x, layer.norm.shape, layer.norm, self.eps)
-            qkv = _project(y, layer.qkv).view(number, rotated + self.kv_heads, -1)
-            qk = qkv[:, :rotated]
-            if layer.head_norm is not None:
-                normed = torch.rms_norm(qk, qk.shape[-1:], None, self.eps)
-                torch.mul(normed, layer.head_norm, out=qk)
-            other = qk.roll(half, -1)
-            qk.mul_(cos).addcmul_(other, sin)
-
-            # 2. Attention.
-            y = attend(n, qkv)
-            x = _add_projected(x, y.reshape(number, -1), layer.out)
-
-            # 3. Feed-forward.
-            y = torch.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self.eps)
-            gate, up = _project(y, layer.gate_up).chunk(2, -1)
-            x = _add_projected(x, functional.silu(gate).mul_(up), layer.down)
+            x = self._rest(layer, x, attend(n, self._heads(layer, y, rotation, 0)))
         x = torch.rms_norm(x, self._norm.shape, self._norm, self.eps)
         return functional.linear(x, *self._head)
+
+    def fill(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        length: int,
+        write: Callable[[int, Tensor], None],
+        attend: Callable[[int, Tensor], Tensor],
+    ) -> None:
+        """Keys and values of embeddings in all layers, and nothing else.
+
+        What the last layer would make of its keys and values is not computed.
+
+        Args:
+            embeddings: Of N tokens or frames of any prefixes (N, E).
+            positions: Theirs (N).
+            length: All positions are below it.
+            write: Takes the number of a layer and rotated keys and values (N, 2 H, D).
+            attend: From the number of a layer, whose keys and values are written, and rotated
+                queries (N, H G, D) to what attention finds (N, ...), H G D numbers.
+        """
+        rotation = self._rotation(positions, length)
+        x, last = embeddings, len(self._layers) - 1
+        for n, layer in enumerate(self._layers):
+            y = torch.rms_norm(x, layer.norm.shape, layer.norm, self.eps)
+            qkv = self._heads(layer, y, rotation, self.heads if n == last else 0)
+            write(n, qkv[:, -2 * self.kv_heads :])
+            if n < last:
+                x = self._rest(layer, x, attend(n, qkv[:, : self.heads]))
+
+    def _heads(
+        self, layer: _Layer, y: Tensor, rotation: tuple[Tensor, Tensor], first: int
+    ) -> Tensor:
+        """Queries, keys and values (N, heads, D) of normed inputs (N, E) in one tensor, without the
+        ``first`` of them (0, or all queries); queries and keys are rotated."""
+        cos, sin = rotation
+        parts = _without(layer.qkv, first * cos.size(-1))
+        rotated = self.heads + self.kv_heads - first
+        qkv = _project(y, parts).view(y.size(0), rotated + self.kv_heads, -1)
+        qk = qkv[:, :rotated]
+        if layer.head_norm is not None:
+            normed = torch.rms_norm(qk, qk.shape[-1:], None, self.eps)
+            torch.mul(normed, layer.head_norm[first:], out=qk)
+        other = qk.roll(cos.size(-1) // 2, -1)
+        qk.mul_(cos).addcmul_(other, sin)
+        return qkv
+
+    def _rest(self, layer: _Layer, x: Tensor, found: Tensor) -> Tensor:
+        """The residual stream (N, E) after a layer whose attention has found (N, ...)."""
+        x = _add_projected(x, found.reshape(x.size(0), -1), layer.out)
+        y = torch.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self.eps)
+        gate, up = _project(y, layer.gate_up).chunk(2, -1)
+        return _add_projected(x, functional.silu(gate).mul_(up), layer.down)
 
     def _rotation(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (N, 1, D) at positions below ``length``, half of the sines negative."""
@@ -237,6 +272,16 @@ def _side_by_side(linears: Sequence[torch.nn.Linear], fuse: bool) -> list:
         return parts
     weights, biases = zip(*parts)
     return [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
+
+
+def _without(parts: list, rows: int) -> list:
+    """Projections without the first ``rows`` outputs: all of the first one's, if they are apart."""
+    if not rows:
+        return parts
+    if len(parts) > 1:
+        return parts[1:]
+    ((weight, bias),) = parts
+    return [(weight[rows:], None if bias is None else bias[rows:])]
 
 
 def _project(x: Tensor, parts: list) -> Tensor:

@@ -60,6 +60,11 @@ def number(where: str, value: Any) -> float:
     return float(value)
 
 
+def read_optional(path: Union[str, Path], key: str) -> float:
+    """A number that older files lack: then 0."""
+    return read_number(path, key) if key in read_table(path) else 0.0
+
+
 def read_table(path: Union[str, Path]) -> dict:
     """Read a mapping from a JSON (``.json``) or YAML file."""
     path = Path(str(path))

@@ -28,7 +28,9 @@
         rtf: exp/asr_rnnt/decode/test/logdir/output.*/rtf.json    # optional, {"rtf": ...}; several
                                             # jobs are weighted by their "audio_seconds"; also
                                             # "lm_calls" and "lm_tokens" of "utterances"
-        time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum
+        time: exp/asr_rnnt/time.json        # optional, {"seconds": ...}; several files: their sum;
+                                            # also "memory_bytes" and "gpu_memory_bytes", the most
+                                            # that any of them has
         train_log: exp/asr_sl/train.log     # optional, of a speech LLM: its last "shuffled_gap"
         group: 5 epochs                     # optional: a table for each group, comparisons inside
         command: ./run.sh --rows rnnt       # optional: how this system was made
@@ -61,6 +63,7 @@ from espnet_llm_plugin.scoring.result_files import (
     number,
     read_gap,
     read_number,
+    read_optional,
     read_per_utterance,
     read_perplexity,
     read_rtf,
@@ -122,6 +125,8 @@ class System:
     lm_calls: Optional[float] = None  # calls of the LM an utterance
     lm_tokens: Optional[float] = None  # tokens that it reads in them
     seconds: Optional[float] = None  # of training
+    memory: float = 0.0  # peak resident bytes of its largest process; 0: not known
+    gpu_memory: float = 0.0  # peak bytes of a GPU; 0: not known, or none was used
     audio_gap: Optional[float] = None  # speech LLM: nats per token lost with wrong audio, on dev
     group: Optional[str] = None
     command: Optional[str] = None
@@ -286,6 +291,11 @@ class _Reader:
         found = {name: [one[name] for one in logs if name in one] for name in self.training}
         return {name: statistics.fmean(values) for name, values in found.items() if values}
 
+    def most(self, paths: list[str], key: str) -> float:
+        """The largest number of that name in some files, of all seeds; 0 if none has it."""
+        files = [file for path in paths for file in self.present(dict(self.each(path))).values()]
+        return max((read_optional(file, key) for file in files), default=0.0)
+
     def data_set(self, directory: Union[str, Path]) -> Optional[DataSet]:
         """What was scored there; None if nothing is finished."""
         scores = {seed: str(Path(one) / SCORES) for seed, one in self.each(directory)}
@@ -315,6 +325,8 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
         lm_calls=reader.mean(jobs, lambda one: read_per_utterance(one, "lm_calls")) or None,
         lm_tokens=reader.mean(jobs, lambda one: read_per_utterance(one, "lm_tokens")) or None,
         seconds=sum(seconds) if seconds and None not in seconds else None,
+        memory=reader.most(times, "memory_bytes"),
+        gpu_memory=reader.most(times, "gpu_memory_bytes"),
         audio_gap=reader.mean(entry.get("train_log"), read_gap),
         group=entry.get("group"),
         command=entry.get("command"),

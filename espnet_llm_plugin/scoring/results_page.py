@@ -13,7 +13,7 @@ from typing import Callable, Optional
 from espnet_llm_plugin import __version__
 from espnet_llm_plugin.scoring.diagnose import PAGE as DIAGNOSIS
 from espnet_llm_plugin.scoring.report import percentage_cells
-from espnet_llm_plugin.scoring.results import DataSet, Results, load_data_set
+from espnet_llm_plugin.scoring.results import DataSet, Results, System, load_data_set
 from espnet_llm_plugin.scoring.results_languages import language_tables
 from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.units import CER, TER, WER
@@ -32,7 +32,7 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
     for test in results.tests():
         header += [f"{test} WER", "sd over seeds", "95 %", "ins / del / sub"]
     header += ["seeds", "scales", "LM word PPL", "dev NLL/label", "audio gap", "RTF"]
-    header += ["LM calls / utt", "LM tokens / utt", "training"]
+    header += ["LM calls / utt", "LM tokens / utt", "training", "training memory"]
     rows = []
     for system in results.groups()[group]:
         row = [system.name, UNKNOWN if system.dev is None else _rate(system.dev)]
@@ -49,6 +49,7 @@ def comparison(results: Results, group: Optional[str] = None) -> tuple[list[str]
             _number(system.lm_calls, "{:.1f}"),
             _number(system.lm_tokens, "{:.1f}"),
             UNKNOWN if system.seconds is None else duration(system.seconds),
+            _memory(system),
         ]
         rows.append(row)
     filled = [n for n in range(len(header)) if any(row[n] != UNKNOWN for row in rows)]
@@ -61,6 +62,11 @@ def training(results: Results, group: Optional[str] = None) -> tuple[list[str], 
     names = [name for name in results.training if any(name in s.training for s in systems)]
     rows = [[s.name, *(_number(s.training.get(name), "{:.3f}") for name in names)] for s in systems]
     return ["system", *names], rows
+
+
+def _memory(system: System) -> str:
+    parts = (("", system.memory), ("GPU ", system.gpu_memory))
+    return ", ".join(f"{name}{size / 1e9:.1f} GB" for name, size in parts if size) or UNKNOWN
 
 
 def _scales(scales: dict[str, float]) -> str:

@@ -87,6 +87,7 @@ class CrossAttentionInterface(Interface):
         dropout: Of the cross-attention weights.
     """
 
+    needs_masks = False  # of the LLM's own attention
     audio_takes_positions = False
     _only_attention = False
 

@@ -34,7 +34,7 @@ def build_interface(name: str, llm: Any, conf: Optional[Mapping[str, Any]] = Non
         conf: Options of the interface's class.
 
     Raises:
-        UserError: Unknown name or option.
+        UserError: Unknown name or option, or masks that the LLM's kind of attention lacks.
     """
     from espnet_llm_plugin.speech_llm.cross_attention import CrossAttentionInterface
     from espnet_llm_plugin.speech_llm.merged import MergedInterface
@@ -45,7 +45,15 @@ def build_interface(name: str, llm: Any, conf: Optional[Mapping[str, Any]] = Non
         raise UserError(f"unknown interface {name!r}; expected one of {', '.join(INTERFACES)}.")
     conf = dict(conf or {})
     refuse_unknown(f"interface_conf of {name!r}", conf, classes[name].__init__, ("self", "llm"))
-    return classes[name](llm, **conf)
+    interface = classes[name](llm, **conf)
+    kernel = getattr(llm, "attn_implementation", "sdpa")
+    if kernel not in ("sdpa", "eager") and interface.needs_masks:
+        raise UserError(
+            f"attn_implementation {kernel!r} knows no masks like those of interface {name!r} with "
+            f"{conf or 'its defaults'}: use `sdpa`, or the interface `prefix` with a causal mask "
+            "and padding on the right."
+        )
+    return interface
 
 
 class Interface(torch.nn.Module, ABC):
@@ -66,9 +74,11 @@ class Interface(torch.nn.Module, ABC):
 
     Attributes:
         audio_takes_positions: Whether audio counts in the LLM's context.
+        needs_masks: Whether the attention of training is more than causal.
     """
 
     audio_takes_positions = True
+    needs_masks = True
     _only_attention = True  # nothing but the attention differs from the LLM without audio
 
     def __init__(self, llm: Any):

@@ -27,7 +27,7 @@ from espnet_llm_plugin.speech_llm.sequence import (
     length_mask,
     take,
 )
-from espnet_llm_plugin.speech_llm.state import ROOM, Recording, SharedKeys, SpeechState
+from espnet_llm_plugin.speech_llm.state import ROOM, Packed, Recording, SharedKeys, SpeechState
 
 MASKS = ("causal", "bidirectional")
 
@@ -52,6 +52,7 @@ class PrefixInterface(Interface):
             if value not in known:
                 raise UserError(f"interface_conf: {name} {value!r}; expected {' or '.join(known)}.")
         self.mask, self.padding = mask, padding
+        self.needs_masks = (mask, padding) != ("causal", "right")
         self._shares = True
         if mask == "bidirectional":
             reason = why_no_reading(llm.config)
@@ -97,16 +98,24 @@ class PrefixInterface(Interface):
         sequence, lengths = self._compose(audio, audio_lengths, before, after, soft)
         columns = sequence.embeddings.size(1)
         keys = SharedKeys(len(audio), columns + ROOM)
-        if columns:
-            model = self.llm.model(audio.device)
-            reading = Recording(keys)
-            with installed(model):
-                masked = self._masked(sequence, lengths, soft)
-                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
-            check_read(model, reading)
         seen = length_mask(sequence.lengths, columns)
         if self.padding == "left":
             seen = ~length_mask(sequence.first, columns)
+        model, masked = self.llm.model(audio.device), self._masked(sequence, lengths, soft)
+        if columns and self._fast and not model.training:
+            rows = Packed(keys, seen, masked.get("mask"))
+            self._fast[0].fill(
+                rows.packed(sequence.embeddings),
+                rows.packed(sequence.positions),
+                columns,
+                rows.write,
+                rows.attend,
+            )
+        elif columns:
+            reading = Recording(keys)
+            with installed(model):
+                llm_outputs(model, sequence.embeddings, **masked, reading=reading)
+            check_read(model, reading)
         return SpeechState.begin(keys, seen, sequence.lengths)
 
     def _step(self, tokens, state, parents):
@@ -157,7 +166,7 @@ class PrefixInterface(Interface):
         self, sequence: Composed, audio_lengths: Tensor, soft: Optional[Tensor]
     ) -> dict[str, Optional[Tensor]]:
         """Mask and positions for the LLM."""
-        if self.mask == "causal" and self.padding == "right":
+        if not self.needs_masks:
             return {}  # the padding comes after everything that is used
         columns = torch.arange(sequence.embeddings.size(1), device=audio_lengths.device)
         end = sequence.first + sequence.lengths

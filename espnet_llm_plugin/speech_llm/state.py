@@ -1,7 +1,8 @@
 """Decoding states: keys and values of an utterance shared by its hypotheses.
 
-N rows (hypotheses), A utterances, W hypotheses of an utterance (the most of any), J key/value
-heads, G query heads of each, D head dimension, C columns (tokens and audio) of an utterance.
+N rows (hypotheses; in `Packed` positions), A utterances, W hypotheses of an utterance (the most of
+any), J key/value heads, G query heads of each, D head dimension, C columns (tokens and audio) of an
+utterance.
 
 What the hypotheses of an utterance have read, together with its audio, is one set of keys and
 values: a column belongs to a token, and a row knows which columns it sees (those of the audio and
@@ -217,3 +218,46 @@ class Recording(Plain):
     def attend(self, module, query, key, value, mask, scaling, dropout):
         self.keys.write(module.layer_idx, self.begin, key, value)
         return super().attend(module, query, key, value, mask, scaling, dropout)
+
+
+class Packed:
+    """What the layers read and write for A utterances whose padding is left out.
+
+    Args:
+        keys: Where keys and values go, from column 0 on; those of the padding are 0.
+        valid: What is no padding (A, C) bool, N of them.
+        mask: Keys that each query may see (A, 1, C, C) bool; None: those not after it.
+    """
+
+    def __init__(self, keys: SharedKeys, valid: Tensor, mask: Optional[Tensor] = None):
+        self.keys, self.valid, self.mask = keys, valid, mask
+        self._read: Optional[tuple[Tensor, Tensor]] = None
+        self._places = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1)
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """Of (A, C, ...) what is no padding: (N, ...)."""
+        flat = padded.flatten(0, 1)
+        return flat if self._places is None else flat[self._places]
+
+    def _padded(self, packed: Tensor) -> Tensor:
+        """(N, heads, D) -> (A, heads, C, D)."""
+        if self._places is not None:
+            places = packed.new_zeros(self.valid.numel(), *packed.shape[1:])
+            places[self._places] = packed
+            packed = places
+        return packed.unflatten(0, self.valid.shape).transpose(1, 2)
+
+    def write(self, layer: int, kv: Tensor) -> None:
+        """Keep keys and values (N, 2 J, D), side by side."""
+        self._read = self.keys.write(layer, 0, *self._padded(kv).chunk(2, dim=1))
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attention of the layer written last: queries (N, J G, D) -> (N, J G, D)."""
+        key, value = self._read
+        groups = query.size(1) // key.size(1)
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        found = functional.scaled_dot_product_attention(
+            self._padded(query), key, value, attn_mask=self.mask, is_causal=self.mask is None
+        )
+        return self.packed(found.transpose(1, 2))

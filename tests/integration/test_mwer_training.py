@@ -87,6 +87,15 @@ def test_swap_and_mwer_are_options_of_their_own(data, train, weak, searches):
         assert all(not torch.equal(layer, other) for other in [start, *layers[:i]])
 
 
+def test_mwer_of_a_frozen_encoder(data, train, weak, searches):
+    options = ("--max_epoch", "1", "--init_param", str(weak), "--freeze_param", "encoder")
+    out = train(data / "run" / "frozen_mwer", WEAK, *options)
+    assert True in searches and set(statistics(out)) >= CONTROL_STATS
+    before, after = state(weak), state(out / "1epoch.pth")
+    moved = {key.split(".")[0] for key in before if not torch.equal(after[key], before[key])}
+    assert "decoder" in moved and "encoder" not in moved
+
+
 def test_a_run_without_search_is_plain_continued_training(data, train, weak, searches):
     """``mwer_weight: 0`` leaves not a trace of the MWER options."""
     exp, init = data / "run", ("--max_epoch", "1", "--init_param", str(weak))

@@ -1,5 +1,6 @@
 """The recipes as users run them: through bash, on tiny synthetic speech."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from espnet_llm_plugin.memory import PEAK
 
 pytestmark = pytest.mark.integration
 
@@ -313,6 +316,59 @@ def test_a_copy_of_an_llm_is_the_same_llm_and_other_weights_are_not(root, tmp_pa
         (tmp_path / name / "model.safetensors").write_bytes(weights)
         marks.append(run(["bash", "-c", script, "bash", name], tmp_path).stdout)
     assert marks[0] == marks[1] != marks[2] and marks[0].strip()
+
+
+def test_options_of_the_adaptation_reach_it_and_adapt_again(root, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "text").write_text("a b\n")
+    for name, content in (("llm/config.json", "{}"), ("data/token_list/char/tokens.txt", "a\n")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    command = [root / "egs2/TEMPLATE/asr1/asr_llm.sh", "--stage", 6, "--stop_stage", 6]
+    command += ["--python", "./python", "--token_type", "char", "--llm", "llm", "--use_lm", "true"]
+    command += ["--train_set", "train", "--valid_set", "dev", "--test_sets", "test"]
+    command += ["--lm_tag", "x", "--lm_train_text", "text", "--lm_dev_text", "text"]
+    runs = [
+        ([], ["mean", "true"]),
+        (["--exact_match", "true"], None),  # the same as before: already done
+        (["--exact_match", "false"], ["mean", "false"]),
+        (["--oov_init", "random", "--exact_match", "false"], ["random", "false"]),
+        (["--oov_init", "random"], ["random", "true"]),
+    ]
+    for options, expected in runs:
+        (tmp_path / "calls").write_text("")
+        result = run([*command, *options], tmp_path)
+        assert result.returncode == 0, result.stderr
+        words = (tmp_path / "calls").read_text().split()
+        names = ("--oov_init", "--exact_match")
+        found = [words[words.index(name) + 1] for name in names] if words else None
+        assert found == expected
+
+
+def test_time_and_memory_of_a_training(root, tmp_path):
+    """Of the largest process, what the log says."""
+    functions = "; ".join(
+        f"/^{name}()/,/^}}/p"
+        for name in ("cpu_seconds", "start_clock", "peak_memory", "stop_clock")
+    )
+    script = f"""set -euo pipefail
+        eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
+        start_clock .
+        cp log train.log
+        stop_clock ."""
+    resident = f"{PEAK} 5000000000 bytes\n1epoch: nothing\n{PEAK} 3000000000 bytes\n"
+    gpu = "1epoch: gpu_max_cached_mem_GB=2.5, x\n2epoch: gpu_max_cached_mem_GB=0.5\n"
+    for log, expected in (
+        ("nothing\n", {}),
+        (resident, {"memory_bytes": 5_000_000_000}),
+        (gpu, {"gpu_memory_bytes": 2.5 * 2**30}),
+        (gpu + resident, {"memory_bytes": 5_000_000_000, "gpu_memory_bytes": 2.5 * 2**30}),
+    ):
+        (tmp_path / "log").write_text(log)
+        assert run(["bash", "-c", script], tmp_path).returncode == 0
+        found = json.loads((tmp_path / "time.json").read_text())
+        assert found == {"seconds": found["seconds"], "cpu_seconds": 0, **expected}
 
 
 def test_custom_test_sets_need_names_of_their_own(recipes):

@@ -131,6 +131,19 @@ def test_times_of_the_cpu_instead_of_the_clock(recipe):
         load_results("results.yaml")
 
 
+def test_memory_of_training_is_the_most_of_any(recipe):
+    header, _ = results_page.comparison(load_results("results.yaml"))
+    assert "training memory" not in header  # of files that do not know it
+    content = {"seconds": 5, "memory_bytes": 3.26e9, "gpu_memory_bytes": 12.3e9}
+    (recipe / "exp/long.json").write_text(json.dumps(content))
+    header, (weak, strong) = results_page.comparison(load_results("results.yaml"))
+    assert header[-1] == "training memory"
+    assert (weak[-1], strong[-1]) == ("-", "3.3 GB, GPU 12.3 GB")
+    (recipe / "exp/time.json").write_text('{"seconds": 5, "memory_bytes": 4.0e9}')
+    _, (weak, strong) = results_page.comparison(load_results("results.yaml"))
+    assert (weak[-1], strong[-1]) == ("4.0 GB", "4.0 GB, GPU 12.3 GB")
+
+
 def test_columns_that_nobody_fills_are_left_out(recipe):
     (recipe / "results.yaml").write_text("systems: [{name: weak, test: exp/asr_weak/decode/test}]")
     header, _ = results_page.comparison(load_results("results.yaml"))

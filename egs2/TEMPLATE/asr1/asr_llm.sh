@@ -75,6 +75,7 @@ lm_dev_text=              # LM validation text (default: transcripts of the vali
 lm_test_text=             # Text for the perplexity (default: the same as lm_dev_text)
 llm=                      # Pretrained LLM to adapt (or that has the tokens): directory or hub id
 oov_init=mean             # Rows of unmatched pieces: mean, length_weighted_mean, first, random
+exact_match=true          # Pieces that are tokens of the LLM take their rows; false: as unmatched ones
 asr_tag=                  # Name of the ASR experiment (default: from asr_config)
 asr_exp=                  # Directory of the ASR experiment (default: <expdir>/asr_<asr_tag>)
 asr_config=               # ASR training configuration; empty: stages 10-13 are left out
@@ -204,7 +205,8 @@ jobs_for() {
     echo "${jobs}"
 }
 # Seconds of training in <directory>/time.json, of the clock and of the CPU (which does not count
-# what else the machine does). Those of killed runs are included, both by the clock.
+# what else the machine does). Those of killed runs are included, both by the clock. Beside them the
+# peak memory of the largest process that the log knows, resident and of the GPU.
 cpu_seconds() { # of the processes that this shell (not a subshell) has waited for: `cpu_used`
     times > "$1/.times"
     cpu_used=$(awk -F '[ms ]+' 'END {printf "%.0f", 60 * ($1 + $3) + $2 + $4}' "$1/.times")
@@ -221,13 +223,28 @@ start_clock() {
     cpu_seconds "$1"
     cpu_before=${cpu_used}
 }
+peak_memory() { # log of a training
+    [ -f "$1" ] || return 0
+    awk '
+        function more(most, value) { return value > most ? value : most }
+        match($0, /peak resident memory: [0-9]+/) {
+            resident = more(resident, substr($0, RSTART + 22, RLENGTH - 22) + 0)
+        }
+        match($0, /gpu_max_cached_mem_GB=[0-9.]+/) { # the statistics of an epoch
+            gpu = more(gpu, substr($0, RSTART + 22, RLENGTH - 22) * 1073741824)
+        }
+        END {
+            if (resident) printf ", \"memory_bytes\": %.0f", resident
+            if (gpu) printf ", \"gpu_memory_bytes\": %.0f", gpu
+        }' "$1"
+}
 stop_clock() {
     local before=0
     cpu_seconds "$1"
     [ ! -f "$1/.seconds" ] || before=$(cat "$1/.seconds")
-    printf '{"seconds": %d, "cpu_seconds": %d}\n' \
+    printf '{"seconds": %d, "cpu_seconds": %d%s}\n' \
         $((before + $(date +%s) - $(stat -c %Y "$1/.started"))) \
-        $((before + cpu_used - cpu_before)) > "$1/time.json"
+        $((before + cpu_used - cpu_before)) "$(peak_memory "$1/train.log")" > "$1/time.json"
     rm -f "$1/.started" "$1/.seconds"
 }
 # Training may print for hours: keep all of it in a log, and show the end of it on failure.
@@ -491,7 +508,8 @@ if runs 6; then
     fi
     if [ "${lm_token_type}" != hugging_face ] && [ -n "${llm}" ]; then
         log "stage 6: adapt ${llm} to ${token_list}"
-        mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" "${oov_init}")
+        mark=$(checksum "${token_list}" "${llm}" "$(llm_mark "${llm}")" \
+            "${oov_init}${exact_match#true}") # the default leaves the marks as they were
         if is_done "${lm_exp}/.adapted" "${mark}"; then
             log "already done"
         else
@@ -501,7 +519,7 @@ if runs 6; then
             [ "${bpemodel}" = none ] || adapt_args="--bpemodel ${bpemodel}"
             # shellcheck disable=SC2086
             tool adapt_vocabulary --llm "${llm}" --token_list "${token_list}" ${adapt_args} \
-                --oov_init "${oov_init}" --text "${lm_dev_text}" --text_has_ids true \
+                --oov_init "${oov_init}" --exact_match "${exact_match}" --text "${lm_dev_text}" --text_has_ids true \
                 --output_dir "${lm_exp}/adapted"
             mark_done "${lm_exp}/.adapted" "${mark}"
         fi
