@@ -16,7 +16,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m espnet_llm_plugin.bin.estimate_ngram", description=__doc__
     )
-    parser.add_argument("--text", required=True, help="`utterance-id words ...` lines")
+    parser.add_argument(
+        "--text", required=True, nargs="+", help="files of `utterance-id words ...` lines"
+    )
     parser.add_argument("--asr_train_config", help="config.yaml of the recogniser, or:")
     parser.add_argument("--token_list", help="its tokens.txt")
     parser.add_argument("--bpemodel", help="its sentencepiece model, if there is one")
@@ -50,7 +52,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     else:
         tokens = read_token_list(args.token_list)
     encode = asr_tokenizer(tokens, token_type or guess_token_type(tokens), bpemodel)
-    sentences = read_text(args.text, has_ids=True)
+    sentences = [line for path in args.text for line in read_text(path, has_ids=True)]
     progress = tqdm(sentences, unit="sentence", disable=not sys.stderr.isatty())
     ids = (encode(sentence) for sentence in progress)
     ngram = LabelNgram.estimate(ids, len(tokens), args.order)

@@ -1,5 +1,7 @@
-"""Keep what a table of results was made of in a zip file, or bring it back: a long experiment can
-then go on elsewhere, or later, without the models that it has trained."""
+"""Keep what a table of results was made of in a tar.xz file, or bring it back.
+
+A long experiment can then go on elsewhere, or later, without the models that it has trained.
+"""
 
 import argparse
 from typing import Optional, Sequence
@@ -12,7 +14,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m espnet_llm_plugin.bin.results_archive", description=__doc__
     )
-    parser.add_argument("--archive", required=True, help="the zip file")
+    parser.add_argument("--archive", required=True, help="the tar.xz file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--collect",

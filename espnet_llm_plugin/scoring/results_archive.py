@@ -1,13 +1,15 @@
 """Keep what a table of results was made of, so that a long experiment can go on elsewhere.
 
-Models stay where they were trained. The archive, a zip file, holds the small files that
+Models stay where they were trained. The archive, a tar.xz file, holds the small files that
 :func:`~espnet_llm_plugin.scoring.results.load_results` reads of every finished system (errors of
 each utterance, scales, times, perplexities), under their paths relative to the working directory.
+They are much alike from system to system, which xz, unlike zip, sees.
 """
 
 import glob
 import io
-import zipfile
+import lzma
+import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Iterator, Union
 
@@ -18,8 +20,6 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.evaluate import SCORES
 
 _FILES = ("scales", "dev_nll", "perplexity", "rtf", "time", "train_log")
-# One date for all members: the same files give the same archive.
-_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def collect(config: Union[str, Path], archive: Union[str, Path]) -> int:
@@ -47,10 +47,11 @@ def collect(config: Union[str, Path], archive: Union[str, Path]) -> int:
                     )
                 members[str(name)] = Path(path).read_bytes()
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as stream:
-        for name in sorted(members):
-            info = zipfile.ZipInfo(name, _DATE)
-            stream.writestr(info, members[name], zipfile.ZIP_DEFLATED, compresslevel=9)
+    with tarfile.open(fileobj=buffer, mode="w:xz", preset=9) as stream:
+        for name in sorted(members, key=_likeness):
+            info = tarfile.TarInfo(name)  # without a date: the same files give the same archive
+            info.size = len(members[name])
+            stream.addfile(info, io.BytesIO(members[name]))
     with atomic_write(archive, "wb") as stream:
         stream.write(buffer.getvalue())
     return len(members)
@@ -76,13 +77,20 @@ def restore(archive: Union[str, Path]) -> int:
 
 def _read(archive: Union[str, Path]) -> dict[str, bytes]:
     try:
-        with zipfile.ZipFile(archive) as stream:
-            return {name: stream.read(name) for name in stream.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
+        with tarfile.open(archive, "r:xz") as stream:
+            files = [info for info in stream.getmembers() if info.isfile()]
+            return {info.name: stream.extractfile(info).read() for info in files}
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise UserError(
-            f"{archive} cannot be read as a zip file ({error}); expected what "
+            f"{archive} cannot be read as a tar.xz file ({error}); expected what "
             "espnet_llm_plugin.bin.results_archive wrote"
         ) from error
+
+
+def _likeness(name: str) -> tuple[str, str, str]:
+    """Files of one kind side by side."""
+    path = PurePosixPath(name)
+    return path.name, path.parent.name, name
 
 
 def _files_of(system: dict, seed: str) -> Iterator[str]:

@@ -119,6 +119,18 @@ def same(found, expected):
     assert [hyp.frames for hyp in found] == [hyp.frames for hyp in expected]
 
 
+def same_beam(state, expected):
+    """The beam has these prefixes with these scores."""
+    scores = {
+        tuple(state.tree.labels_of(int(node))): score
+        for node, score in zip(state.beam.node[0], state.beam.score[0])
+        if node >= 0
+    }
+    assert set(scores) == set(expected)
+    for labels, score in expected.items():
+        assert scores[labels] == pytest.approx(score, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------ equivalences
 
 
@@ -233,14 +245,7 @@ def test_equals_the_simple_search(beam, interval):
         expected = simple_search(log_probs.numpy(), beam, late=late)
         search = CTC().search(beam, foreign(lm, interval=interval))
         state = search.step(search.start([WEIGHTED]), log_probs)
-        scores = {
-            tuple(state.tree.labels_of(int(node))): score
-            for node, score in zip(state.beam.node[0], state.beam.score[0])
-            if node >= 0
-        }
-        assert set(scores) == set(expected)
-        for labels, score in expected.items():
-            assert scores[labels] == pytest.approx(score, abs=1e-5)
+        same_beam(state, expected)
 
 
 @pytest.mark.parametrize("interval", [1, 3, 10])
@@ -263,14 +268,7 @@ def test_stand_in_equals_the_simple_search(interval):
         )
         search = CTC().search(4, replacing(lm, interval=interval), TableLM(LABELS))
         state = search.step(search.start([WEIGHTED]), log_probs)
-        scores = {
-            tuple(state.tree.labels_of(int(node))): score
-            for node, score in zip(state.beam.node[0], state.beam.score[0])
-            if node >= 0
-        }
-        assert set(scores) == set(expected)
-        for labels, score in expected.items():
-            assert scores[labels] == pytest.approx(score, abs=1e-5)
+        same_beam(state, expected)
 
 
 @pytest.mark.parametrize("policy", ["never", "every_n_frames"])

@@ -115,7 +115,7 @@ def test_ctc_rows_are_tuned_and_decoded(loquacious):
         required = [*REQUIRED, "--asr_train_config", "x", "--text", "x", "--config", str(config)]
         assert parse_with_configs(tune_fusion.get_parser(), required).beam_size == 16
     (estimate,) = [words for words in tools if words[0] == "estimate_ngram"]
-    assert "exp/lm_stats_LLM/lm_train.txt" in estimate and "exp/lm_LLM/ngram4.npz" in estimate
+    assert "dump/raw/train_medium/text" in estimate and "exp/lm_LLM/ngram4.npz" in estimate
     estimates = [words for words in tools if words[0] == "estimate_prior"]
     assert len(estimates) == 1 and prior in estimates[0] and estimates[0][-2:] == ("--ngpu", "1")
     assert "dump/raw/train_medium/wav.scp,speech,sound" in estimates[0]
@@ -175,10 +175,14 @@ def test_one_table_of_all(loquacious, root):
 
 def test_some_rows_without_attention_decoder(copy):
     arguments = [*LOQUACIOUS, "--aed_config", "none", "--lm_config", "none"]
-    arguments += ["--combinations", "ctc delayed aed"]
+    arguments += ["--combinations", "ctc delayed delayed_ngram aed", "--lm_text", "more"]
     recipe, calls, tools = run(copy, "loquacious", *arguments)
-    assert list(by_tag(calls)) == ["decode", "combine_ctc", "combine_delayed"]
-    assert {words[0] for words in tools} == {"results_table"}
+    assert list(by_tag(calls)) == [
+        *("decode", "combine_ctc", "combine_delayed", "combine_delayed_ngram")
+    ]
+    estimate, table = sorted(tools)
+    assert estimate[0] == "estimate_ngram" and table[0] == "results_table"
+    assert estimate[estimate.index("--text") + 1] == "data/lm_train/text"
     settings = yaml.safe_load((recipe / by_tag(calls)["combine_delayed"]["--tune_config"]).open())
     assert settings["fusion_llm"] == "org/LLM"  # as it came
     assert not any("--lm_token_type" in call for call in calls)

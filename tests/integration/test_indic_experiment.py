@@ -1,16 +1,16 @@
 """egs2/indic/asr1/experiment.sh: what its rows train and decode, and a run of one of them."""
 
+import functools
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.integration import test_stories_recipe
 from tests.integration.test_stories_recipe import copy_recipe, decodings, trainings
 
 pytestmark = pytest.mark.integration
@@ -24,26 +24,8 @@ EXP = "exp/experiment_full"
 HERE = f"{EXP}/e8_s1"
 
 
-def launch(recipe, *arguments, python):
-    return subprocess.run(
-        ["./experiment.sh", *arguments],
-        cwd=recipe,
-        env={**os.environ, "PATH": f"{python}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def run(recipe, *arguments, status=0):
-    """Options of each call of asr_llm.sh, or what went wrong."""
-    for name in ("calls", "tools"):
-        (recipe / name).unlink(missing_ok=True)
-    result = launch(recipe, *arguments, python=recipe.parents[2] / "bin")
-    assert result.returncode == status, result.stdout + result.stderr
-    if status:
-        return result.stderr
-    lines = (line.split("\t") for line in (recipe / "calls").read_text().split("\t\n")[:-1])
-    return [dict(zip(words[::2], words[1::2])) for words in lines]
+launch = functools.partial(test_stories_recipe.launch, script="experiment.sh")
+run = functools.partial(test_stories_recipe.run, script="experiment.sh")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +165,6 @@ def test_a_row_from_data_to_table(tmp_path, root):
     assert json.loads((decoded / "scores.json").read_text())["wer"]["sentences"] == 20
     assert set((decoded / "lang").read_text().split()[1::2]) == {"unk"}
     # only the table again, from the archive alone
-    (recipe / "results.zip").unlink(missing_ok=True)
+    (recipe / "results.tar.xz").unlink(missing_ok=True)
     again = launch(recipe, "--size", "tiny", "--rows", "none", python=python)
     assert again.returncode == 0, again.stderr

@@ -1,7 +1,8 @@
 """An experiment that goes on elsewhere has the table of one that was never moved."""
 
+import io
 import json
-import zipfile
+import tarfile
 
 import pytest
 
@@ -66,12 +67,12 @@ def test_two_places_give_the_table_of_one(tmp_path, monkeypatch, whole, capsys):
     make(here, 1, "weak", 21)
     make(here, 1, "strong", 11)
     monkeypatch.chdir(here)
-    main(["--archive", "../archive.zip", "--collect", "results.yaml"])
+    main(["--archive", "../archive.tar.xz", "--collect", "results.yaml"])
     make(there, 2, "weak", 22)
     make(there, 2, "strong", 12)
     monkeypatch.chdir(there)
-    main(["--archive", "../archive.zip", "--restore"])
-    assert "../archive.zip: 9 files restored" in capsys.readouterr().out
+    main(["--archive", "../archive.tar.xz", "--restore"])
+    assert "../archive.tar.xz: 9 files restored" in capsys.readouterr().out
     assert page() == whole
     assert not list(there.glob("exp/s1/**/*.pth"))
 
@@ -79,22 +80,22 @@ def test_two_places_give_the_table_of_one(tmp_path, monkeypatch, whole, capsys):
 def test_what_is_here_is_newer(tmp_path, monkeypatch):
     make(tmp_path, 1, "weak", 21)
     monkeypatch.chdir(tmp_path)
-    collect("results.yaml", "a.zip")
+    collect("results.yaml", "a.tar.xz")
     (tmp_path / "exp/s1/time.json").write_text('{"seconds": 5}')
-    assert restore("a.zip") == 0
+    assert restore("a.tar.xz") == 0
     assert json.loads((tmp_path / "exp/s1/time.json").read_text()) == {"seconds": 5}
-    collect("results.yaml", "a.zip")
-    with zipfile.ZipFile("a.zip") as archive:
-        assert archive.read("exp/s1/time.json") == b'{"seconds": 5}'
+    collect("results.yaml", "a.tar.xz")
+    with tarfile.open("a.tar.xz") as archive:
+        assert archive.extractfile("exp/s1/time.json").read() == b'{"seconds": 5}'
 
 
 def test_same_files_same_archive(tmp_path, monkeypatch):
     make(tmp_path, 1, "weak", 21)
     monkeypatch.chdir(tmp_path)
-    collect("results.yaml", "a.zip")
-    first = (tmp_path / "a.zip").read_bytes()
-    collect("results.yaml", "a.zip")
-    assert (tmp_path / "a.zip").read_bytes() == first
+    collect("results.yaml", "a.tar.xz")
+    first = (tmp_path / "a.tar.xz").read_bytes()
+    collect("results.yaml", "a.tar.xz")
+    assert (tmp_path / "a.tar.xz").read_bytes() == first
 
 
 def test_only_the_finished(tmp_path, monkeypatch):
@@ -102,9 +103,11 @@ def test_only_the_finished(tmp_path, monkeypatch):
     make(tmp_path, 2, "weak", 21)
     (tmp_path / "exp/s2/weak/test/scores.json").unlink()
     monkeypatch.chdir(tmp_path)
-    collect("results.yaml", "a.zip")
-    with zipfile.ZipFile("a.zip") as archive:
-        assert not [name for name in archive.namelist() if name.startswith("exp/s2")]
+    collect("results.yaml", "a.tar.xz")
+    with tarfile.open("a.tar.xz") as archive:
+        names = archive.getnames()
+    assert "exp/s1/time.json" in names
+    assert not [name for name in names if name.startswith("exp/s2")]
 
 
 def test_outside_of_the_directory(tmp_path, monkeypatch):
@@ -113,14 +116,24 @@ def test_outside_of_the_directory(tmp_path, monkeypatch):
     config = CONFIG.replace("exp/lm/time.json", str(tmp_path / "exp/lm/time.json"))
     (tmp_path / "results.yaml").write_text(config)
     with pytest.raises(UserError, match="outside the working directory; only relative"):
-        collect("results.yaml", "a.zip")
-    with zipfile.ZipFile("evil.zip", "w") as archive:
-        archive.writestr("../evil", "")
-    with pytest.raises(UserError, match="evil.zip: ../evil is outside"):
-        restore("evil.zip")
+        collect("results.yaml", "a.tar.xz")
+    with tarfile.open("evil.tar.xz", "w:xz") as archive:
+        archive.addfile(tarfile.TarInfo("../evil"), io.BytesIO())
+    with pytest.raises(UserError, match="evil.tar.xz: ../evil is outside"):
+        restore("evil.tar.xz")
 
 
 def test_no_archive(tmp_path):
-    (tmp_path / "a.zip").write_text("no zip")
-    with pytest.raises(UserError, match="cannot be read as a zip file"):
-        restore(tmp_path / "a.zip")
+    (tmp_path / "a.tar.xz").write_text("no archive")
+    with pytest.raises(UserError, match="cannot be read as a tar.xz file"):
+        restore(tmp_path / "a.tar.xz")
+
+
+def test_a_part_of_an_archive(tmp_path, monkeypatch):
+    make(tmp_path, 1, "weak", 21)
+    monkeypatch.chdir(tmp_path)
+    collect("results.yaml", "a.tar.xz")
+    content = (tmp_path / "a.tar.xz").read_bytes()
+    (tmp_path / "a.tar.xz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read as a tar.xz file"):
+        collect("results.yaml", "a.tar.xz")

@@ -743,16 +743,20 @@ decode_lang=""
 if with_languages; then decode_lang=${inference_lang}; fi
 eval_sets=${test_sets}
 [ "${eval_valid_set}" = false ] || eval_sets="${valid_set} ${test_sets}"
+configured() { # key: its value in the configurations of decoding and tuning
+    local file
+    for file in "${inference_config}" "${tune_config}"; do
+        [ ! -f "${file}" ] || sed -nE "s/^$1: *//p" "${file}"
+    done | tail -n 1
+}
 decode_mark() {
-    local file fused # an LLM in its own vocabulary
-    fused=$(
-        for file in "${inference_config}" "${tune_config}"; do
-            [ ! -f "${file}" ] || sed -nE 's/^fusion_llm: *//p' "${file}"
-        done | tail -n 1
-    )
+    local fused ngram # an LLM in its own vocabulary; what stands in for it
+    fused=$(configured fusion_llm)
+    ngram=$(configured fusion_ngram)
+    [ ! -f "${ngram}" ] || ngram=$(cksum < "${ngram}")
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
         "${lm_files}" "${lm_exp}/.done" "${swap_llm}" \
-        "$(llm_mark "${swap_llm}")$(llm_mark "${fused}")" \
+        "$(llm_mark "${swap_llm}")$(llm_mark "${fused}")${ngram}" \
         "${tune_config}" "${tune_tool}${decode_lang}" "$@"
 }
 

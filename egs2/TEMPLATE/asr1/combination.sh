@@ -5,7 +5,7 @@
 #
 #   fusion_lines HOW PRIOR NGRAM    lines of a configuration for the words of a row
 #   estimate_prior_of MODEL SET     the prior of a CTC model, once
-#   estimate_ngram_of MODEL TEXT FILE   an n-gram of LM text in a model's tokens, once
+#   estimate_ngram_of MODEL TEXTS FILE  an n-gram of LM texts in a model's tokens, once
 #   combination_defaults CORPUS     what the user did not give, according to --mini
 #   combination                     CTC model, its prior; the LLM fine-tuned in its own tokens and in
 #                                   the pieces; CTC + AED -> rows of combination_rows.txt, each tuned
@@ -34,8 +34,13 @@ estimate_prior_of() { # directory of the model, data directory
         --data_path_and_name_and_type "$2/wav.scp,speech,sound" "${@:3}"
 }
 
-estimate_ngram_of() { # directory of the model, text, file
-    [ -f "$3" ] || tool estimate_ngram --asr_train_config "$1/config.yaml" --text "$2" --output "$3"
+estimate_ngram_of() { # directory of the model, texts, file
+    local text new=""
+    for text in $2; do
+        [ "$3" -nt "${text}" ] || new=yes
+    done
+    # shellcheck disable=SC2086
+    [ -z "${new}" ] || tool estimate_ngram --asr_train_config "$1/config.yaml" --text $2 --output "$3"
 }
 
 combination_defaults() { # name of the corpus
@@ -108,7 +113,8 @@ combination() {
         estimate_prior_of "${ctc}" "${dumpdir}/raw/$(training_set)" --ngpu "$(decoding_gpus)"
     fi
     if [[ ${rows} = *ngram* ]] && asked_for 12; then
-        estimate_ngram_of "${ctc}" "${expdir}/lm_stats_${tag}/lm_train.txt" "${pieces}/ngram4.npz"
+        estimate_ngram_of "${ctc}" "${lm_train_text:-${dumpdir}/raw/$(option train_set train)/text}" \
+            "${pieces}/ngram4.npz"
     fi
     if [[ ${rows} = *mini_lstm* ]] && asked_for 12; then
         train_mini_lstm

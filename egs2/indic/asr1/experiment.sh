@@ -12,7 +12,7 @@
 #   --jobs        rows at a time, each with one thread; --stop_stage 5: data only
 #
 # What is finished is not done again: a long experiment can be run in pieces, several at a time, or
-# elsewhere, since results.zip has what the table of full is made of.
+# elsewhere, since results.tar.xz has what the table of full is made of.
 
 # shellcheck source-path=SCRIPTDIR
 set -euo pipefail
@@ -37,8 +37,8 @@ esac
 epochs=${epochs:-8}
 rows_file=local/experiment_rows.txt
 data=data/experiment_${size} exp=exp/experiment_${size} dump=dump/experiment_${size}
-archive=results.zip
-[ "${size}" = full ] || archive=${exp}/results.zip
+archive=results.tar.xz
+[ "${size}" = full ] || archive=${exp}/results.tar.xz
 export OMP_NUM_THREADS=1
 . local/experiment_models.sh
 . local/experiment_steps.sh

@@ -15,7 +15,7 @@
 #   --stream      rows whose streaming models are then measured as streams: delays, compute time
 #
 # What is finished is not done again: a long experiment can be run in pieces, several at a time, or
-# elsewhere, since results.zip has what the tables of full are made of.
+# elsewhere, since results.tar.xz has what the tables of full are made of.
 
 # shellcheck source-path=SCRIPTDIR
 set -euo pipefail

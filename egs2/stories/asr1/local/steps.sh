@@ -3,6 +3,7 @@
 # shellcheck disable=SC2034,SC2154  # run.sh sets the options; a unit of work sets encoder, epochs and
 # seed; describe (models.sh) sets variables of its callers, of which some need only some
 
+# shellcheck source-path=SCRIPTDIR/..
 . ../../TEMPLATE/asr1/rows.sh
 case ${experiment} in
     transducer) rows_file=local/rows.txt first_lm=stories part="" ;;
@@ -10,8 +11,8 @@ case ${experiment} in
     combination) rows_file=local/combination_rows.txt first_lm=stories part=_combination ;;
     *) die "--experiment is '${experiment}'; expected transducer, speech_llm or combination" ;;
 esac
-archive=results.zip
-[ "${size}" = full ] || archive=${exp}/results.zip
+archive=results.tar.xz
+[ "${size}" = full ] || archive=${exp}/results.tar.xz
 restore_results() { [ ! -f "${archive}" ] || tool results_archive --archive "${archive}" --restore; }
 for encoder in ${encoders}; do
     [[ " offline 80 160 320 640 " == *" ${encoder} "* ]] ||
