@@ -267,39 +267,45 @@ def test_custom_data(mini, recipes):
         assert ("with the weak LM" in page and "with the strong LM tuned" in page) == compared
 
 
-@pytest.mark.parametrize("tool", ["tune_scales", "tune_fusion"])
-def test_another_grid_is_tuned_again(root, tmp_path, tool):
-    """The mark of a decoding depends on what is in the file of the grid."""
-    functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p; /^decode_mark()/,/^}/p"
+def decode_mark(root, directory, tool="tune_fusion"):
+    """By which a decoding tuned by ``grid.yaml`` is known."""
+    functions = "".join(
+        f"/^{name}()/,/^}}/p; " for name in ("checksum", "llm_mark", "configured", "decode_mark")
+    )
     names = "asr_exp inference_asr_model inference_config inference_args lm_files lm_exp swap_llm"
     script = f"""set -eu
         eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
         for name in {names} decode_lang; do declare "${{name}}="; done
         tune_tool={tool} tune_config=grid.yaml
         decode_mark"""
+    mark = run(["bash", "-c", script], directory)
+    assert mark.returncode == 0 and len(mark.stdout.strip()) == 64, mark.stderr
+    return mark.stdout
+
+
+@pytest.mark.parametrize("tool", ["tune_scales", "tune_fusion"])
+def test_another_grid_is_tuned_again(root, tmp_path, tool):
+    """The mark of a decoding depends on what is in the file of the grid."""
     marks = []
     for grid in ("alphas: [1.0]\n", "alphas: [0.5]\n", "# a comment\nalphas: [1.0]\n"):
         (tmp_path / "grid.yaml").write_text(grid)
-        marks.append(run(["bash", "-c", script], tmp_path).stdout)
-    assert marks[0] == marks[2] != marks[1] and marks[0].strip()
+        marks.append(decode_mark(root, tmp_path, tool))
+    assert marks[0] == marks[2] != marks[1]
 
 
-def test_another_llm_in_the_same_place_is_decoded_again(root, tmp_path):
-    functions = "/^checksum()/,/^}/p; /^llm_mark()/,/^}/p; /^decode_mark()/,/^}/p"
-    names = "asr_exp inference_asr_model inference_config inference_args lm_files lm_exp swap_llm"
-    script = f"""set -eu
-        eval "$(sed -n '{functions}' {root}/egs2/TEMPLATE/asr1/asr_llm.sh)"
-        for name in {names} decode_lang; do declare "${{name}}="; done
-        tune_tool=tune_fusion tune_config=grid.yaml
-        decode_mark"""
-    (tmp_path / "grid.yaml").write_text("fusion_llm: llm\n")
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [("fusion_llm: llm", "llm/model.safetensors"), ("fusion_ngram: lm.npz", "lm.npz")],
+)
+def test_another_lm_in_the_same_place_is_decoded_again(root, tmp_path, key, file):
+    (tmp_path / "grid.yaml").write_text(f"{key}\n")
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm/config.json").write_text("{}")
     marks = []
-    for weights in (b"first", b"other", b"first"):
-        (tmp_path / "llm/model.safetensors").write_bytes(weights)
-        marks.append(run(["bash", "-c", script], tmp_path).stdout)
-    assert marks[0] == marks[2] != marks[1] and marks[0].strip()
+    for content in (b"first", b"other", b"first"):
+        (tmp_path / file).write_bytes(content)
+        marks.append(decode_mark(root, tmp_path))
+    assert marks[0] == marks[2] != marks[1]
 
 
 def test_a_copy_of_an_llm_is_the_same_llm_and_other_weights_are_not(root, tmp_path):
