@@ -47,6 +47,12 @@ def get_parser() -> argparse.ArgumentParser:
         default=[80.0, 160.0, 320.0, 640.0],
         help="Chunk sizes in milliseconds",
     )
+    parser.add_argument(
+        "--align_asr_train_config",
+        help="config.yaml of a model with CTC, to align with one that has none: same tokens, same "
+        "frames (default: the model's own CTC)",
+    )
+    parser.add_argument("--align_asr_model_file", help="Its checkpoint")
     add_loading_options(parser)
     add_model_options(parser)
     add_search_options(parser, espnet_search=False, chunk=False)

@@ -18,10 +18,12 @@ import torch
 
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.data.kaldi import read_clean_table
+from espnet_llm_plugin.encoder.streaming_frontend import frame_geometry
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.decode import FAILURES, build_recognizer
 from espnet_llm_plugin.inference.emission import known_seconds, last_frames
-from espnet_llm_plugin.inference.loading import require_file
+from espnet_llm_plugin.inference.loading import load_model, require_file
+from espnet_llm_plugin.inference.options import device_of
 from espnet_llm_plugin.inference.recognizer import Recognizer, encode
 from espnet_llm_plugin.inference.simulate import simulate, text_of
 from espnet_llm_plugin.inference.streaming import StreamingRecognizer, set_chunk_ms
@@ -50,6 +52,7 @@ def streaming_report(args: argparse.Namespace) -> list[StreamingResult]:
     """
     recognizer = build_recognizer(args)
     model = recognizer.asr.model
+    aligner = load_aligner(args, model)
     chunks = sorted(set(args.chunks_ms))
     for chunk_ms in chunks:  # all of them are possible, before any is measured
         set_chunk_ms(model, chunk_ms)
@@ -65,7 +68,7 @@ def streaming_report(args: argparse.Namespace) -> list[StreamingResult]:
         )
     results = []
     for test in tests:
-        log_probs = ctc_log_probs(recognizer, chunks[-1], test)
+        log_probs = ctc_log_probs(aligner, chunks[-1], test)
         for chunk_ms in chunks:
             result = measure(recognizer, test, chunk_ms, log_probs)
             logging.info(
@@ -108,15 +111,48 @@ def read_test_set(recognizer: Recognizer, triple: tuple, text: str) -> Evaluatio
     return EvaluationSet(Path(text).resolve().parent.name, samples, references)
 
 
+def load_aligner(args: argparse.Namespace, model: torch.nn.Module) -> torch.nn.Module:
+    """The model whose CTC says where tokens end: that of the options, or the recogniser's.
+
+    Raises:
+        UserError: It has other tokens or frames, or no CTC.
+    """
+    if not args.align_asr_train_config:
+        if args.align_asr_model_file:
+            raise UserError("--align_asr_model_file needs --align_asr_train_config")
+        return model
+    config = require_file(args.align_asr_train_config, "--align_asr_train_config", "config.yaml")
+    file = require_file(args.align_asr_model_file, "--align_asr_model_file", "its checkpoint")
+    aligner, _ = load_model(config, file, str(device_of(args)))
+
+    def unlike(what: str, ours: object, theirs: object) -> UserError:
+        return UserError(
+            f"--align_asr_train_config {config}: its {what} ({theirs}) must be those of the model "
+            f"({ours})"
+        )
+
+    if list(aligner.token_list) != list(model.token_list):
+        raise unlike("tokens", len(model.token_list), len(aligner.token_list))
+    ours, theirs = (
+        (frame_geometry(one.frontend), getattr(one.encoder, "subsampling", None))
+        for one in (model, aligner)
+    )
+    if ours != theirs:
+        raise unlike("frames", ours, theirs)
+    if aligner.ctc is None:
+        raise UserError(f"--align_asr_train_config {config}: the model has no CTC")
+    return aligner
+
+
 @torch.inference_mode()
 def ctc_log_probs(
-    recognizer: Recognizer, chunk_ms: float, test: EvaluationSet
+    model: torch.nn.Module, chunk_ms: float, test: EvaluationSet
 ) -> dict[str, torch.Tensor]:
     """CTC log-probs (T, V) of a test set's utterances, at a chunk size; none without CTC branch."""
-    model = recognizer.asr.model
     if model.ctc is None:
         logging.warning(
-            "the model has no CTC branch (model_conf ctc_weight: 0) to align with: no delays"
+            "the model has no CTC branch (model_conf ctc_weight: 0) to align with: no delays; "
+            "--align_asr_train_config names another model"
         )
         return {}
     set_chunk_ms(model, chunk_ms)

@@ -96,6 +96,36 @@ def test_model_without_ctc_branch(run, caplog):
     assert "no CTC branch" in caplog.text and "|-|-|" in (out / "RESULTS.md").read_text()
 
 
+def align_options(files):
+    return [option.replace("--asr_", "--align_asr_") for option in files.asr_options()]
+
+
+def test_another_model_aligns(run, files):
+    """The model's own CTC, given as another model, and a model that has none."""
+    chunks = ["--chunks_ms", "80"]
+    found = []
+    for options in (chunks, [*chunks, *align_options(files["ctc"])]):
+        out = run("ctc", *options, sets=["test_one"])
+        found.append(json.loads((out / "results.json").read_text())[0])
+    assert found[0]["shown_ms"] == found[1]["shown_ms"] != {}
+    out = run("transducer", *chunks, *align_options(files["ctc"]), sets=["test_one"])
+    (aligned,) = json.loads((out / "results.json").read_text())
+    assert aligned["aligned_tokens"] > 0 and aligned["stable_ms"]
+
+
+def test_a_model_that_cannot_align(run, files):
+    for kind, message in (
+        ("transducer", "the model has no CTC"),
+        ("offline", "its frames .* must be those of the model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("transducer", *align_options(files[kind]), sets=["test_one"])
+    with pytest.raises(UserError, match="--align_asr_model_file is missing"):
+        run("transducer", *align_options(files["ctc"])[:2], sets=["test_one"])
+    with pytest.raises(UserError, match="needs --align_asr_train_config"):
+        run("transducer", *align_options(files["ctc"])[2:], sets=["test_one"])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

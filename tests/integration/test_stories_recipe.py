@@ -252,7 +252,7 @@ def test_one_streaming_model_is_decoded_in_chunks_of_all_sizes(recipe):
 def test_streams_are_measured_with_the_scales_of_320_ms(recipe):
     (recipe / "dump/full_LLM/raw/test").mkdir(parents=True)
     for name in ("wav.scp", "text"):
-        lines = "".join(f"utt{number} x\n" for number in range(500))
+        lines = "".join(f"utt{number} x\n" for number in range(1600))
         (recipe / "dump/full_LLM/raw/test" / name).write_text(lines)
     run(recipe, *OPTIONS, "--rows", "weak", "--encoders", "80", "--stream", "swap swap_mwer")
     tools = (recipe / "tools").read_text().split("\n")
@@ -261,6 +261,9 @@ def test_streams_are_measured_with_the_scales_of_320_ms(recipe):
     assert f"{place}/asr_ft_weak/valid.loss.ave.pth" in swap
     assert f"{place}/asr_ft_weak/decode_swap_stories_320ms/tune/best.yaml" in swap
     assert f"llm={EXP}/lm_stories/llm" in swap
+    # as wide a beam as that of the table, and the CTC model's alignment
+    assert swap[swap.index("--beam_size") + 1] == "8"
+    assert f"{EXP}/streaming_s1/asr_ctc/valid.loss.ave.pth" in swap
     assert f"{place}/asr_swap_mwer/valid.mwer_expected_errors.ave.pth" in mwer
     assert f"{place}/asr_swap_mwer/decode_320ms_stream" in mwer and "--predictor" not in mwer
     assert len((recipe / EXP / "stream/test/wav.scp").read_text().splitlines()) == 400

@@ -155,11 +155,13 @@ stream_rows() {
         done
     done
 }
-# Error rate, delays and compute time of the first 400 utterances of test, one at a time.
+# Error rate, delays (against the alignment of the CTC model) and compute time of a fourth of test,
+# one utterance at a time.
 stream_row() { # row
     local model use directory decoded file subset=${exp}/stream/test given=()
-    local settings lm from options best=valid.loss.ave.pth
+    local settings lm from options best=valid.loss.ave.pth ctc
     run_row "$1"
+    ctc=$(place ctc)/asr_ctc
     model=$(field "$1" model)
     use=$(field "$1" use)
     describe "${model}"
@@ -173,10 +175,12 @@ stream_row() { # row
     esac
     mkdir -p "${subset}"
     for file in wav.scp text; do
-        head -n 400 "dump/${name}/raw/test/${file}" > "${subset}/${file}"
+        awk 'NR % 4 == 1' "dump/${name}/raw/test/${file}" > "${subset}/${file}"
     done
     tool streaming_report --asr_train_config "${directory}/config.yaml" \
         --asr_model_file "${directory}/${best}" --config "${decoded}/tune/best.yaml" \
+        --beam_size "$(sed -n 's/^beam_size: *//p' "$(config decode)")" \
+        --align_asr_train_config "${ctc}/config.yaml" --align_asr_model_file "${ctc}/valid.loss.ave.pth" \
         --data_path_and_name_and_type "${subset}/wav.scp,speech,sound" --text "${subset}/text" \
         --output_dir "${decoded}_stream" "${given[@]}"
 }
