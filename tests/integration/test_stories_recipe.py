@@ -21,20 +21,22 @@ ROWS = [
 ]
 MAIN = [row[0] for row in ROWS if row[1] == "main"]
 
-# Notes its options; leaves what tuning leaves, because training after it reads that.
-ASR_LLM = """#!/usr/bin/env bash
-printf '%s\\t' "$@" >> calls
-echo >> calls
-while [ $# -gt 1 ]; do declare "${1#--}=$2"; shift 2; done
-[ -n "${inference_tag:-}" ] || exit 0
-directory=${expdir}/asr_${asr_tag}/${inference_tag}/tune
-mkdir -p "${directory}"
+# Notes its options, as several may do at a time, a line each.
+NOTE = """#!/usr/bin/env bash
+flock {0}.lock bash -c 'printf "%s\\t" "$@" >> {0}; echo >> {0}' - "$@"
+"""
+# It leaves what tuning leaves, because training after it reads that.
+ASR_LLM = f"""{NOTE.format("calls")}
+while [ $# -gt 1 ]; do declare "${{1#--}}=$2"; shift 2; done
+[ -n "${{inference_tag:-}}" ] || exit 0
+directory=${{expdir}}/asr_${{asr_tag}}/${{inference_tag}}/tune
+mkdir -p "${{directory}}"
 printf '# WER 9 %%\\nalpha: 0.2\\nbeta: 0.4\\nbeam_size: 4\\nlabel_bonus: 2.5\\n' \\
-    > "${directory}/best.yaml"
+    > "${{directory}}/best.yaml"
 """
 REQUIRED = ["--output_dir", "x", "--data_path_and_name_and_type", "x,speech,sound"]
 REQUIRED += ["--asr_train_config", "x", "--asr_model_file", "x"]
-PYTHON = "#!/usr/bin/env bash\nprintf '%s\\t' \"$@\" >> tools\necho >> tools\n"
+PYTHON = NOTE.format("tools")
 
 
 def copy_recipe(target, root):
