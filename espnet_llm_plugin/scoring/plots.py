@@ -9,6 +9,9 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.results import Results
 from espnet_llm_plugin.scoring.units import WER
 
+# Points with their names in a plot; the names of more would lie on each other.
+_NAMED = 8
+
 
 def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
     """Draw the test WER of each system with its 95 % interval; write a PNG.
@@ -62,8 +65,9 @@ def plot_error_rates(results: Results, path: Union[str, Path]) -> None:
 def plot_speed(results: Results, path: Union[str, Path]) -> None:
     """Draw each system's WER on the first test set against its real-time factor; write a PNG.
 
-    The lower left is best; systems that no other beats in both are joined by a line. Systems
-    without a real-time factor are left out.
+    The lower left is best; systems that no other beats in both are joined by a line. Many systems
+    are numbered, fastest first, with their names beside. Systems without a real-time factor are
+    left out.
 
     Raises:
         UserError: No system has one, or matplotlib is not installed.
@@ -76,22 +80,30 @@ def plot_speed(results: Results, path: Union[str, Path]) -> None:
     )
     if not points:
         raise UserError("--speed_plot: no system has been scored that has an `rtf`")
-    figure = _figure(figsize=(9, 2.5 + 0.22 * len(points)), dpi=150)
+    numbered = len(points) > _NAMED
+    figure = _figure(figsize=(9, max(5, 2 + 0.17 * len(points))), dpi=150)
     axes = figure.subplots()
     axes.set_xscale("log")
-    best, front = float("inf"), []
-    for rtf, wer, name in points:
-        axes.plot(rtf, wer, "o", color="C0")
-        axes.annotate(name, (rtf, wer), (5, 3), textcoords="offset points", fontsize=7)
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    best, front, names = float("inf"), [], []
+    for number, (rtf, wer, name) in enumerate(points, 1):
+        axes.plot(rtf, wer, "o", color="C0", markersize=4)
+        label = str(number) if numbered else name
+        axes.annotate(label, (rtf, wer), (4, 2), textcoords="offset points", fontsize=7)
+        names.append(f"{number}  {name}")
         if wer < best:
             best = wer
             front.append((rtf, wer))
     axes.plot(*zip(*front), color="C0", linewidth=1, alpha=0.5)
-    axes.margins(x=0.25, y=0.1)
+    axes.margins(x=0.05 if numbered else 0.25, y=0.1)
+    axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_xlabel("real-time factor")
     axes.set_ylabel("WER in %")
     axes.set_title(test, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    if numbered:
+        axes.text(1.02, 1.0, "\n".join(names), va="top", fontsize=7, transform=axes.transAxes)
     _save(figure, path)
 
 

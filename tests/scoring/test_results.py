@@ -9,7 +9,7 @@ import pytest
 
 from espnet_llm_plugin.bin.results_table import main
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.scoring import results_page
+from espnet_llm_plugin.scoring import plots, results_page
 from espnet_llm_plugin.scoring.bootstrap import Difference
 from espnet_llm_plugin.scoring.evaluate import evaluate
 from espnet_llm_plugin.scoring.results import load_results
@@ -293,6 +293,12 @@ def test_plot_of_speed(recipe, capsys, monkeypatch):
     run("--config results.yaml --speed_plot speed.png")
     assert (recipe / "speed.png").read_bytes()[:4] == b"\x89PNG"
     assert drawn == ["strong | tuned"]
+    drawn.clear()
+    monkeypatch.setattr(plots, "_NAMED", 0)  # as if there were many
+    listed = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **kw: listed.append(text))
+    run("--config results.yaml --speed_plot speed.png")
+    assert drawn == ["1"] and listed == ["1  strong | tuned"]
     config = (recipe / "results.yaml").read_text().replace("    rtf: exp/rtf.json\n", "")
     (recipe / "results.yaml").write_text(config)
     with pytest.raises(UserError, match="no system has been scored that has an `rtf`"):
