@@ -16,6 +16,7 @@ from espnet_llm_plugin.llm.lora import lora_options, merge_lora
 from espnet_llm_plugin.llm.tuning import TunedLLM
 from tests.contracts.checkpoint_contract import CheckpointContract
 from tests.llm.tiny import FAMILIES, tiny_model
+from tests.processes import run_joined
 
 IDS = torch.tensor([[3, 5, 7, 1, 9], [2, 2, 4, 11, 6]])
 LORA = {"r": 3, "alpha": 6}
@@ -212,9 +213,6 @@ def distributed(rank, directory, llm):
     """Two updates, the first of which leaves LoRA as it is, of two processes."""
     from espnet_llm_plugin.optimizers import AdamWGroups
 
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     states = []
     for parallel in (True, False):
         torch.manual_seed(0)
@@ -233,7 +231,6 @@ def distributed(rank, directory, llm):
         states.append(model.state_dict())
     for name, value in states[1].items():
         torch.testing.assert_close(states[0][name], value, atol=1e-4, rtol=1e-3, msg=name)
-    torch.distributed.destroy_process_group()
 
 
 class SpeechLike(torch.nn.Module):
@@ -249,7 +246,7 @@ class SpeechLike(torch.nn.Module):
 
 
 def test_two_processes_train_as_one(llms, tmp_path):
-    torch.multiprocessing.spawn(distributed, (str(tmp_path), llms()), nprocs=2)
+    run_joined(distributed, tmp_path, llms())
 
 
 def test_family_without_checkpointing(llms, monkeypatch):

@@ -1,10 +1,10 @@
 """Distributed training: every process gives every parameter a gradient, whatever its batch."""
 
 import torch
-import torch.multiprocessing as mp
 from espnet2.torch_utils.recursive_op import recursive_average
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.processes import run_joined
 from tests.transducer.tiny import batch, factorized, rnnt, save_llm
 
 KINDS = ("rnnt", "stateless", "lstm", "llm", "rnnt mwer", "lstm mwer", "llm mwer")
@@ -28,9 +28,6 @@ def data(rank):
 
 
 def worker(rank, directory, llm):
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for kind in KINDS:
         model = DistributedDataParallel(make(kind, llm))  # find_unused_parameters=False
         names = None
@@ -61,13 +58,12 @@ def worker(rank, directory, llm):
             assert total == expected_weight[0]
             for name, value in expected_stats.items():
                 torch.testing.assert_close(stats[name], value[0])
-    torch.distributed.destroy_process_group()
 
 
 def test_one_process_without_a_usable_utterance(tmp_path):
     (tmp_path / "llm").mkdir()
     llm = save_llm(tmp_path / "llm")
-    mp.spawn(worker, (str(tmp_path), llm), nprocs=2)
+    run_joined(worker, tmp_path, llm)
     for kind in KINDS:
         model = make(kind, llm)
         for _ in range(2):
