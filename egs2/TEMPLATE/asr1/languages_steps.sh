@@ -1,9 +1,14 @@
 # shellcheck shell=bash
-# Sourced by experiment.sh: the rows of the table, and the table itself.
-# shellcheck disable=SC2034,SC2154  # experiment.sh sets the options; a unit of work sets seed; describe
+# Sourced by languages.sh: the rows of the table, and the table itself.
+# shellcheck disable=SC2034,SC2154  # languages.sh sets the options; a unit of work sets seed; describe
 # sets variables of its callers
 
 model_of() { column_of "$1" 3; }
+title_of() {
+    local title
+    title=$(column_of "$1" 5)
+    echo "${title//LESS/${less_of// /, }}"
+}
 decoding_of() { # row
     local model languages tag=decode
     model=$(model_of "$1")
@@ -57,7 +62,7 @@ entry() { # row
         times+=", \"$(place ctc)/asr_ctc$([[ ${model} != *_low ]] || echo _low)/time.json\""
     fi
     cat << ENTRY
--   name: "$(column_of "$1" 5)"
+-   name: "$(title_of "$1")"
     command: ./experiment.sh --size ${size} --rows $1 --epochs ${epochs}
     test: ${decoded}/test
     rtf: ${decoded}/test/logdir/output.1/rtf.json

@@ -1,28 +1,27 @@
 # shellcheck shell=bash
-# Sourced by experiment.sh: what a model's name says, and its training.
-# shellcheck disable=SC2034,SC2154  # experiment.sh sets the options; describe sets variables of its
+# Sourced by languages.sh: what a model's name says, and its training.
+# shellcheck disable=SC2034,SC2154  # languages.sh sets the options; describe sets variables of its
 # callers
 
 # Few words occur, so that pieces can be long (16 a sentence): unigram pieces would not, and CTC needs
 # as many embeddings of the audio.
-# `recipe LOCK ...` is asr_llm.sh. Who needs the same thing at the same time waits for the lock and
+# `stages LOCK ...` is asr_llm.sh. Who needs the same thing at the same time waits for the lock and
 # then finds it finished.
-recipe() {
+stages() {
     mkdir -p exp/locks
     flock "exp/locks/$1" ../../TEMPLATE/asr1/asr_llm.sh --nj 1 --inference_nj 1 \
         --bpemode bpe --nbpe "${nbpe}" --bpe_train_text "${data}/balanced_text" --bpe_normalization nfkc \
         --datadir "${data}" --dumpdir "${dump}" --expdir "${exp}" "${@:2}"
 }
 tool() { python3 -m "espnet_llm_plugin.bin.$1" "${@:2}"; }
-config() { echo "conf/indic/experiment/$1.yaml"; }
+config() { echo "conf/${recipe}/experiment/$1.yaml"; }
 
 # --- data -----------------------------------------------------------------------------------------
-less_of="bn te kn" # in train_low
 prepare_data() {
     # shellcheck disable=SC2086
-    tool make_mini_corpus fleurs "${data}/corpus" ${sizes} --nj "${jobs}"
-    recipe "${size}_data" --stop_stage 5 --nj "${jobs}" --local_data_opts "--fleurs ${data}/corpus --datadir ${data}
-            --nj ${jobs} --langs hi bn ta te ml kn gu mr pa ur"
+    tool make_mini_corpus "${corpus}" "${data}/corpus" ${sizes} --nj "${jobs}"
+    stages "${size}_data" --stop_stage 5 --nj "${jobs}" --local_data_opts "--${corpus} ${data}/corpus
+            --datadir ${data} --nj ${jobs} --langs ${langs}"
     local train=${dump}/raw/train low=${dump}/raw/train_low
     # Every tenth utterance of some languages, all of the others.
     awk -v less="${less_of}" 'BEGIN {split(less, names, " "); for (i in names) few[names[i]] = 1}
@@ -34,12 +33,11 @@ set_of() { # model
 }
 
 # --- LLMs that can copy ---------------------------------------------------------------------------
-least_copying=0.8
-[ "${size}" != tiny ] || least_copying=0
 train_lm() { # copy or copy_small
-    local settings=train_copy_llama figures=${exp}/lm_$1/copying.json
+    local settings=train_copy_llama figures=${exp}/lm_$1/copying.json least_copying=0.8
+    [ "${size}" != tiny ] || least_copying=0
     [ "$1" = copy ] || settings+=_small
-    recipe "${size}_$1" --skip_data_prep true --use_lm true --lm_tag "$1" --lm_args "${lm_args}" \
+    stages "${size}_$1" --skip_data_prep true --use_lm true --lm_tag "$1" --lm_args "${lm_args}" \
         --lm_config "$(config "${settings}")"
     [ "${figures}" -nt "${exp}/lm_$1/llm/config.json" ] ||
         tool copy_accuracy --llm "${exp}/lm_$1/llm" --text "${dump}/raw/dev/text" \
@@ -68,7 +66,7 @@ describe() {
                 ;;
             lang)
                 options+=" --decoder_conf soft_prompt=per_language"
-                options+=" --decoder_conf soft_prompt_conf.languages=[hi,bn,ta,te,ml,kn,gu,mr,pa,ur]"
+                options+=" --decoder_conf soft_prompt_conf.languages=[${langs// /,}]"
                 ;;
             predict) options+=" --decoder_conf language_prediction=true" ;;
             small) lm=copy_small ;;
@@ -104,7 +102,7 @@ asr() { # model, what is done, options
     lock=${size}_$(basename "${directory}")_$1_$2
     [ "$2" != stats ] || lock=${size}_stats_${set}
     [[ $1 != ctc* ]] || settings=train_ctc
-    recipe "${lock}" --skip_data_prep true --expdir "${directory}" \
+    stages "${lock}" --skip_data_prep true --expdir "${directory}" \
         --train_set "${set}" --asr_stats_dir "${exp}/asr_stats_${set}" --asr_tag "$1" \
         --asr_config "$(config "${settings}")" "${@:3}"
 }

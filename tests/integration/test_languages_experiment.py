@@ -1,4 +1,4 @@
-"""egs2/indic/asr1/experiment.sh: what its rows train and decode, and a run of one of them."""
+"""experiment.sh of Indic and MLS: what its rows train and decode, and a run of one of them."""
 
 import functools
 import json
@@ -17,9 +17,14 @@ pytestmark = pytest.mark.integration
 
 ROWS = [
     [field.strip() for field in line.split("|")]
-    for line in (Path(__file__).parents[2] / "egs2/indic/asr1/local/experiment_rows.txt").open()
+    for line in (Path(__file__).parents[2] / "egs2/TEMPLATE/asr1/languages_rows.txt").open()
     if not line.startswith("#")
 ]
+LANGUAGES = {
+    "indic": ["hi", "bn", "ta", "te", "ml", "kn", "gu", "mr", "pa", "ur"],
+    "mls": ["en", "de", "nl", "fr", "es", "it", "pt", "pl"],
+}
+LESS = {"indic": ["bn", "te", "kn"], "mls": ["de", "fr", "it"]}
 EXP = "exp/experiment_full"
 HERE = f"{EXP}/e8_s1"
 
@@ -28,16 +33,27 @@ launch = functools.partial(test_stories_recipe.launch, script="experiment.sh")
 run = functools.partial(test_stories_recipe.run, script="experiment.sh")
 
 
+@pytest.fixture(scope="module", params=["indic", "mls"])
+def corpus(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, root):
+def titles(corpus):
+    return [row[4].replace("LESS", ", ".join(LESS[corpus])) for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, root, corpus):
     """A copy in which nothing is trained, with transcripts to count."""
-    recipe = copy_recipe(tmp_path_factory.mktemp("experiment"), root).parents[1] / "indic/asr1"
+    recipe = copy_recipe(tmp_path_factory.mktemp("experiment"), root).parents[1] / f"{corpus}/asr1"
     for name, count in (("train", 1600), ("train_low", 1060)):
         directory = recipe / "dump/experiment_full/raw" / name
         directory.mkdir(parents=True)
         (directory / "text").write_text("x\n" * count)
     kept = recipe / "dump/experiment_full/raw/train"
-    languages = [("bn", 25), ("hi", 7), ("kn", 5)]
+    fewer, _, few = LESS[corpus]
+    languages = [(fewer, 25), ("hi", 7), (few, 5)]
     (kept / "utt2lang").write_text(
         "".join(f"{lang}_{n} {lang}\n" for lang, count in languages for n in range(count))
     )
@@ -49,7 +65,7 @@ def calls(recipe):
     return run(recipe, "--rows", "all")
 
 
-def test_every_row_is_a_decoding_of_its_own(calls):
+def test_every_row_is_a_decoding_of_its_own(calls, corpus):
     found = decodings(calls)
     assert len(ROWS) == len({row[0] for row in ROWS}) == len({row[4] for row in ROWS})
     assert len(found) == len(ROWS)
@@ -62,16 +78,17 @@ def test_every_row_is_a_decoding_of_its_own(calls):
         prompts = "soft_prompt=per_language" in call.get("--asr_args", "")
         assert prompts == ("lang" in model)
         decode = "decode_ctc" if model == "ctc" else "decode"
-        assert call["--inference_config"] == f"conf/indic/experiment/{decode}.yaml"
+        assert call["--inference_config"] == f"conf/{corpus}/experiment/{decode}.yaml"
 
 
-def test_configurations_are_used_and_there(calls, root):
-    used = {v for call in calls for v in call.values() if v.startswith("conf/indic/experiment/")}
-    there = {str(p.relative_to(root)) for p in (root / "conf/indic/experiment").iterdir()}
-    assert there - used == {"conf/indic/experiment/results.yaml"} and used <= there
+def test_configurations_are_used_and_there(calls, root, corpus):
+    place = f"conf/{corpus}/experiment/"
+    used = {v for call in calls for v in call.values() if v.startswith(place)}
+    there = {str(p.relative_to(root)) for p in (root / place).iterdir()}
+    assert there - used == {f"{place}results.yaml"} and used <= there
 
 
-def test_rows_vary_one_option(calls):
+def test_rows_vary_one_option(calls, corpus):
     """Every training has the options of the baseline but for what its row is about."""
     found = trainings(calls)
 
@@ -88,7 +105,7 @@ def test_rows_vary_one_option(calls):
     assert base["first_cycle_steps"] == "800" and base["warmup_steps"] == "80"
     languages = {
         "soft_prompt": "per_language",
-        "soft_prompt_conf.languages": ["hi", "bn", "ta", "te", "ml", "kn", "gu", "mr", "pa", "ur"],
+        "soft_prompt_conf.languages": LANGUAGES[corpus],
     }
     rnnt = {"auxiliary": auxiliary("rnnt", "llm_prefix")}
     for model, new in (
@@ -107,7 +124,7 @@ def test_rows_vary_one_option(calls):
         assert {key: yaml.safe_load(value) for key, value in changed.items()} == new, model
 
 
-def test_a_part_of_some_languages(calls, recipe):
+def test_a_part_of_some_languages(calls, recipe, corpus):
     found = trainings(calls)
     for directory, call in found.items():
         low = directory.endswith("_low")
@@ -117,13 +134,23 @@ def test_a_part_of_some_languages(calls, recipe):
             ctc = f"{EXP}/s1/asr_ctc{'_low' if low else ''}/valid.loss.ave.pth"
             assert call["--pretrained_model"] == f"{ctc}:encoder:encoder"
     kept = (recipe / "dump/experiment_full/raw/train/utt2lang_low").read_text().split()[::2]
-    assert kept == ["bn_0", "bn_10", "bn_20", *(f"hi_{n}" for n in range(7)), "kn_0"]
+    fewer, _, few = LESS[corpus]
+    assert kept == [f"{fewer}_{n}" for n in (0, 10, 20)] + [f"hi_{n}" for n in range(7)] + [
+        f"{few}_0"
+    ]
 
 
-def test_the_table_has_every_row(recipe, calls):
+def test_the_corpus_is_made_of_its_languages(calls, corpus):
+    made = next(call for call in calls if "--local_data_opts" in call)["--local_data_opts"]
+    layout = {"indic": "fleurs", "mls": "mls"}[corpus]
+    assert f"--{layout} data/experiment_full/corpus" in made
+    assert made.split("--langs ")[1].split() == LANGUAGES[corpus]
+
+
+def test_the_table_has_every_row(recipe, calls, titles):
     config = yaml.safe_load((recipe / EXP / "results.yaml").read_text())
-    assert [entry["name"] for entry in config["systems"]] == [row[4] for row in ROWS]
-    assert set(config["baseline"]) <= {row[4] for row in ROWS}
+    assert [entry["name"] for entry in config["systems"]] == titles
+    assert set(config["baseline"]) <= set(titles)
     assert config["seeds"] == [1] and config["unfinished"] is True
     low = next(entry for entry in config["systems"] if "tenth" in entry["name"])
     assert low["test"] == f"{EXP}/e8_s{{seed}}/asr_frozen_low/decode/test"
