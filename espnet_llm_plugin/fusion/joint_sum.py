@@ -93,11 +93,17 @@ def joint_grid(
     return [JointWeights(*weights) for weights in itertools.product(*axes)]
 
 
-def middle_point(grid: Sequence[JointWeights]) -> JointWeights:
-    """The point whose search finds hypotheses that are plausible at most others of the grid."""
+def first_points(grid: Sequence[JointWeights]) -> list[JointWeights]:
+    """Points whose searches find hypotheses that are plausible at most others of the grid.
 
-    def middle(axis: str) -> float:
-        values = sorted({getattr(weights, axis) for weights in grid})
-        return values[len(values) // 2]
+    The middle, and the same with the least of the language models: if the LM of the middle makes
+    the search lose its way, there are still lists to go on from.
+    """
 
-    return JointWeights(**{axis: middle(axis) for axis in JointWeights.AXES})
+    def at(share: dict[str, float]) -> JointWeights:
+        values = {axis: sorted({getattr(w, axis) for w in grid}) for axis in JointWeights.AXES}
+        return JointWeights(
+            **{axis: each[int(share.get(axis, 0.5) * len(each))] for axis, each in values.items()}
+        )
+
+    return list(dict.fromkeys([at({}), at({"lm_weight": 0.0, "ilm_weight": 0.0})]))

@@ -6,7 +6,7 @@ N hypotheses, S tokens to score, V tokens (blank 0, sos/eos V-1), L labels (labe
 from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
-from espnet.nets.scorer_interface import BatchPartialScorerInterface
+from espnet.nets.scorer_interface import BatchPartialScorerInterface, BatchScorerInterface
 from torch import Tensor
 
 from espnet_llm_plugin.fusion.word_lm import Text, WordLM
@@ -17,12 +17,23 @@ _LOG_ZERO = -1e10
 
 
 class WordState(NamedTuple):
-    """A prefix: its complete words, labels of the last one, both as text, and its tokens."""
+    """A prefix.
+
+    Attributes:
+        words: Its complete words.
+        pending: Labels of the last one.
+        text: Both; kept alive: whoever completes the last word finds it scored.
+        length: Number of its tokens.
+        stood_in: Log-prob of ``pending`` under the n-gram.
+        row: The n-gram's log-probs of the next token (V,).
+    """
 
     words: Text
     pending: tuple[int, ...]
-    text: Text  # kept alive: whoever completes the last word finds it scored
+    text: Text
     length: int
+    stood_in: float = 0.0
+    row: Optional[Tensor] = None
 
 
 class WordScorer(BatchPartialScorerInterface):
@@ -32,6 +43,10 @@ class WordScorer(BatchPartialScorerInterface):
     ``<sos/eos>`` gets that of the last word and of the end of the sentence; other tokens get 0. The
     sum over a hypothesis is the LLM's log-prob of its text.
 
+    A search that compares hypotheses of equally many tokens then favours those that complete no
+    words. With an n-gram over the tokens, every token gets its log-prob at once, which is taken
+    back when the LLM scores the word: the sum over a hypothesis is the same.
+
     A partial scorer: after ESPnet's pre-beam, the LLM is asked about those hypotheses only that a
     remaining token would complete a word of. With token type ``word``, too, a word is scored when
     the next one comes: all tokens that may follow share its score.
@@ -40,10 +55,17 @@ class WordScorer(BatchPartialScorerInterface):
         lm: The LLM.
         spelling: How labels make words.
         vocab_size: V.
+        ngram: N-gram over the tokens that stands in for the LLM (:func:`.ngram.load_ngram`).
     """
 
-    def __init__(self, lm: WordLM, spelling: Spelling, vocab_size: int):
-        self.lm, self.spelling, self.eos = lm, spelling, vocab_size - 1
+    def __init__(
+        self,
+        lm: WordLM,
+        spelling: Spelling,
+        vocab_size: int,
+        ngram: Optional[BatchScorerInterface] = None,
+    ):
+        self.lm, self.spelling, self.eos, self.ngram = lm, spelling, vocab_size - 1, ngram
         completes = torch.zeros(vocab_size, dtype=torch.bool)  # the word before the token
         if spelling.separator is None:
             completes[1:] = torch.from_numpy(spelling.begins)
@@ -54,7 +76,8 @@ class WordScorer(BatchPartialScorerInterface):
 
     def init_state(self, x: Any) -> WordState:
         """State of ``<sos/eos>`` alone; ``x`` is not used."""
-        return WordState(self.lm.start(), (), self.lm.start(), 1)
+        row = None if self.ngram is None else self._rows(torch.tensor([[self.eos]]))[0]
+        return WordState(self.lm.start(), (), self.lm.start(), 1, row=row)
 
     def select_state(
         self, state: Union[WordState, Sequence[WordState]], i: int, new_id: Optional[int] = None
@@ -99,37 +122,46 @@ class WordScorer(BatchPartialScorerInterface):
             Scores, -1e10 for the blank and tokens not to be scored, and N new states.
         """
         device = ys.device
-        new = [self._advance(state, y) for state, y in zip(states, ys.tolist())]
+        new = [self._advance(state, y) for state, y in zip(states, ys.cpu())]
+        rows = torch.zeros(len(new), self.eos + 1)
+        if self.ngram is not None:
+            rows = self._rows(ys)
+            new = [state._replace(row=row) for state, row in zip(new, rows.clone())]
         scored = torch.ones(len(new), self.eos + 1, dtype=torch.bool)
         if next_tokens is not None:
             scored = torch.zeros_like(scored).scatter_(1, next_tokens.cpu(), True)
         scored[:, 0] = False
         completing = scored & self._completes
-        rows = torch.zeros(len(new), self.eos + 1)
         rows.masked_fill_(~scored, _LOG_ZERO)
         # 1. Ends first: the LLM reads the last words in the same forward.
         ending = scored[:, self.eos].nonzero().flatten().tolist()
         wordy = [n for n in completing.any(1).nonzero().flatten().tolist() if new[n].pending]
         ends = self.lm.ends([new[n].text for n in ending]) if ending else []
         words = self.lm.scores([new[n].text for n in wordy]) if wordy else []
-        # 2. Without what the words before have been given already.
+        # 2. Without what the words before, and the labels of the last one, have been given already.
         asked = sorted({*ending, *wordy})
         before = dict(zip(asked, self.lm.scores([new[n].words for n in asked]))) if asked else {}
         for n, end in zip(ending, ends):
-            rows[n, self.eos] = float(end - before[n])
+            rows[n, self.eos] = float(end - before[n]) - new[n].stood_in
         for n, word in zip(wordy, words):
-            rows[n].masked_fill_(completing[n], float(word - before[n]))
+            rows[n, completing[n]] += float(word - before[n]) - new[n].stood_in
         return rows.to(device), new
 
-    def _advance(self, state: Optional[WordState], tokens: list[int]) -> WordState:
-        """The state of a prefix that begins with that of ``state``."""
-        words, pending, text, length = state or self.init_state(None)
-        for number, token in enumerate(tokens[length:]):
+    def _advance(self, state: Optional[WordState], tokens: Tensor) -> WordState:
+        """The state of a prefix (L,) that begins with that of ``state``; ``row`` is left to do."""
+        words, pending, text, length, stood_in, row = state or self.init_state(None)
+        for place in range(length, len(tokens)):
+            token = int(tokens[place])
             if self._is_completing[token] and pending:
-                complete = text if number == 0 else self._extend(words, pending)
-                words, pending = complete, ()
+                words, pending, stood_in = text, (), 0.0
             pending += (token - 1,)
-        return WordState(words, pending, self._extend(words, pending), len(tokens))
+            text = self.lm.extend(words, self.spelling.text(pending))
+            if row is not None:
+                # None but the first is unknown where more than one token is new.
+                row = row if place == length else self._rows(tokens[None, :place])[0]
+                stood_in += float(row[token])
+        return WordState(words, pending, text, len(tokens), stood_in)
 
-    def _extend(self, words: Text, pending: tuple[int, ...]) -> Text:
-        return self.lm.extend(words, self.spelling.text(pending))
+    def _rows(self, ys: Tensor) -> Tensor:
+        """The n-gram's log-probs (N, V) after prefixes (N, L)."""
+        return self.ngram.batch_score(ys.cpu(), [None] * len(ys), None)[0]

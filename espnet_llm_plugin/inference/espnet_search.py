@@ -12,7 +12,7 @@ from espnet_llm_plugin.compat import import_quietly
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.inference.label_lms import ATTENTION_ILMS, attention_ilm
-from espnet_llm_plugin.inference.loading import TextConverter, sample_rate
+from espnet_llm_plugin.inference.loading import TextConverter, require_file, sample_rate
 from espnet_llm_plugin.inference.options import (
     add_model_options,
     add_search_options,
@@ -22,7 +22,8 @@ from espnet_llm_plugin.inference.options import (
 from espnet_llm_plugin.inference.speech_llm_options import add_speech_llm_options
 
 # Our options that mean something in ESPnet's label-synchronous search.
-LLM_OPTIONS = ("fusion_llm", "fusion_llm_dtype", "lm_eos", "lm_temperature", "lm_lowercase")
+LLM_OPTIONS = ("fusion_llm", "fusion_llm_dtype", "fusion_ngram", "lm_eos", "lm_temperature")
+LLM_OPTIONS += ("lm_lowercase",)
 _ILM = ("ilm", "ilm_file", "ilm_weight")
 
 
@@ -30,8 +31,9 @@ def decode_with_espnet(args: argparse.Namespace) -> None:
     """Run ESPnet's own inference with ESPnet's options, and with what it lacks.
 
     ``--fusion_llm`` adds an LLM in its own vocabulary, which scores whole words with
-    ``--lm_weight``; ``--ilm zero_context`` or ``mini_lstm`` the internal LM of an attention
-    decoder, which is subtracted with ``--ilm_weight``. The output directory also gets ``rtf.json``.
+    ``--lm_weight``, ``--fusion_ngram`` what stands in for it until then; ``--ilm zero_context`` or
+    ``mini_lstm`` the internal LM of an attention decoder, which is subtracted with
+    ``--ilm_weight``. The output directory also gets ``rtf.json``.
 
     Raises:
         UserError: Another of our options is set, which ESPnet would not see, or options or models
@@ -152,6 +154,7 @@ def added_scorers(args: argparse.Namespace, speech2text: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     model, train_args = speech2text.asr_model, speech2text.asr_train_args
     if args.fusion_llm:
+        from espnet_llm_plugin.fusion.ngram import load_ngram
         from espnet_llm_plugin.fusion.word_lm import WordLM
         from espnet_llm_plugin.fusion.word_scorer import WordScorer
         from espnet_llm_plugin.fusion.words import Spelling
@@ -170,7 +173,11 @@ def added_scorers(args: argparse.Namespace, speech2text: Any) -> dict[str, Any]:
             dtype=args.fusion_llm_dtype,
         )
         spelling = Spelling(model.token_list, text.token_type, text.text)
-        found["lm"] = WordScorer(llm, spelling, len(model.token_list))
+        ngram = None
+        if args.fusion_ngram:
+            require_file(args.fusion_ngram, "--fusion_ngram", "n-gram LM over the model's tokens")
+            ngram = load_ngram(args.fusion_ngram, model.token_list)
+        found["lm"] = WordScorer(llm, spelling, len(model.token_list), ngram)
     if args.ilm in ATTENTION_ILMS:
         found["ilm"] = attention_ilm(args.ilm, args.ilm_file, model)
     return found

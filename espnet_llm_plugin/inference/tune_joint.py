@@ -1,9 +1,9 @@
 """Tune the weights of ESPnet's search for a model with an attention decoder.
 
-What ``bin/tune_fusion`` does for such models. The held-out set is searched once, at the middle of
-the grid, and every hypothesis that ended is kept with the unweighted score of each scorer. Every
-point of the grid is then a re-ranking of these lists; the most promising points are searched, which
-confirms their word errors and lengthens the lists.
+What ``bin/tune_fusion`` does for such models. The held-out set is searched at the middle of the
+grid and with the least LM, and every hypothesis that ended is kept with the unweighted score of
+each scorer. Every point of the grid is then a re-ranking of these lists; the most promising
+points are searched, which confirms their word errors and lengthens the lists.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.joint_sum import (
     JointCandidate,
     JointWeights,
+    first_points,
     joint_grid,
-    middle_point,
 )
 from espnet_llm_plugin.fusion.reranking import alternate
 from espnet_llm_plugin.fusion.rescoring import grid_points
@@ -108,7 +108,7 @@ def tune_joint(args: argparse.Namespace) -> Point:
             return grid_points(candidates, references, grid)
 
         logging.info(f"{len(grid)} points, {len(references)} utterances")
-        searched = {point.scales: point for point in search([middle_point(grid)])}
+        searched = {point.scales: point for point in search(first_points(grid))}
         reranked = alternate(search, rerank, searched, args.rounds, args.cells)
     for utt, reason in failed.items():
         logging.warning(f"{utt} {reason}: counted as empty")

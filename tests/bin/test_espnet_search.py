@@ -8,6 +8,7 @@ import torch
 from espnet_llm_plugin.bin import asr_inference, tune_scales
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.attention_ilm import ZeroContextILM
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.fusion.mini_lstm import MiniLSTMILM
 from espnet_llm_plugin.fusion.text_scorers import LabelTextScorer
 from espnet_llm_plugin.fusion.word_lm import WordLM, score_texts
@@ -107,6 +108,26 @@ def test_llm_in_its_own_vocabulary(files, decode, plain, end):
     compare(plain, found, lambda *of: 0.05 * of_words(lm, *of))
 
 
+@pytest.mark.parametrize("end", ["eos", "none"])
+def test_an_ngram_stands_in_for_the_llm(files, decode, plain, end, tmp_path):
+    """Of sentences nothing of it is left; of those that were cut, the last word."""
+    ngram = LabelNgram.estimate([[2, 3, 4, 2], [5, 3]], len(TOKENS), order=3)
+    ngram.save(tmp_path / "ngram.npz", TOKENS)
+    lm, eos, begins = WordLM(str(files["llm"]), end=end), len(TOKENS) - 1, TOKENS.index("<space>")
+    options = ["--fusion_llm", files["llm"], "--lm_weight", "0.05", "--lm_eos", end]
+    found = decode(*options, "--fusion_ngram", tmp_path / "ngram.npz")
+
+    def score(entry, ended):
+        total = of_words(lm, entry, ended)
+        ids = torch.tensor([eos, *entry.token_ids])
+        start = max((i for i, token in enumerate(ids.tolist()) if token == begins), default=1)
+        for i in range(len(ids) if ended else start, len(ids)):
+            total += float(ngram.score(ids[:i], None, None)[0][ids[i]])
+        return 0.05 * total
+
+    compare(plain, found, score)
+
+
 def adapted(files):
     llm = files["adapted"]
     return ["--lm_train_config", llm / "espnet_lm.yaml", "--lm_file", llm / "espnet_lm.pth"]
@@ -190,6 +211,8 @@ def test_weights_of_zero_change_nothing(files, decode, plain, tmp_path):
         ("attention", "--ilm zero_context --ilm_file x", "is for --ilm mini_lstm, not zero"),
         ("attention", "--ilm_file x", "that of an attention decoder: --ilm zero_context"),
         ("attention", "--lm_eos none", "--lm_eos none: with --search espnet it needs --fusion_llm"),
+        ("attention", "--fusion_ngram LLM", "with --search espnet it needs --fusion_llm"),
+        ("attention", "--fusion_llm LLM --fusion_ngram ./none", "--fusion_ngram ./none"),
         ("attention", "--fusion_llm LLM LM", "is another LM: give one"),
         ("attention", "--fusion_llm ADAPTED", "adapted to an ASR token list"),
         ("attention", "--fusion_llm LLM --fusion delayed", "knows no --fusion"),

@@ -232,7 +232,7 @@ def test_prior(run, files, prior, fusion):
         ("ctc", "--fusion_ngram NGRAM LM --fusion delayed", "another LM over the ASR tokens"),
         ("ctc", "--fusion_ngram NGRAM --ngram_file NGRAM", "another LM over the ASR tokens"),
         ("ctc", "--fusion_ngram ./none --fusion_llm LLM --fusion delayed", "--fusion_ngram ./none"),
-        ("ctc", "--fusion_ngram NGRAM --fusion_llm LLM --search espnet", "knows no --fusion"),
+        ("ctc", "--fusion_ngram NGRAM --search espnet", "it needs --fusion_llm"),
         ("ctc", "--prior_weight 0.3", "needs --prior_file"),
         ("ctc", "--top_labels -1", "expected a number"),
         ("ctc", "--fusion_llm ./none --fusion delayed", "does not exist"),

@@ -6,8 +6,8 @@ from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.fusion.joint_sum import (
     JointCandidate,
     JointWeights,
+    first_points,
     joint_grid,
-    middle_point,
 )
 from espnet_llm_plugin.fusion.rescoring import grid_points
 from espnet_llm_plugin.fusion.tuning import Point
@@ -17,7 +17,13 @@ GRID = joint_grid([0.3, 0.1, 0.5], [0.2, 0.4], [0.0, 0.0], [-1.0, 0.0, 2.0])
 
 def test_grid_is_every_combination_once():
     assert len(GRID) == 18 == len(set(GRID))
-    assert middle_point(GRID) == JointWeights(0.3, 0.4, 0.0, 0.0) in GRID
+
+
+def test_the_first_points_are_the_middle_and_that_of_the_least_lm():
+    middle, quiet = first_points(GRID)
+    assert middle == JointWeights(0.3, 0.4, 0.0, 0.0) in GRID
+    assert quiet == JointWeights(0.3, 0.2, 0.0, 0.0) in GRID
+    assert first_points(GRID[:1]) == GRID[:1]
 
 
 def test_factors_are_those_of_the_parts():

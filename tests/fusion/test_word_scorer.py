@@ -4,6 +4,7 @@ import pytest
 import torch
 from espnet.nets.scorer_interface import BatchScorerInterface
 
+from espnet_llm_plugin.fusion.label_ngram import LabelNgram
 from espnet_llm_plugin.fusion.word_lm import WordLM
 from espnet_llm_plugin.fusion.word_scorer import WordScorer
 from espnet_llm_plugin.fusion.words import Spelling
@@ -192,3 +193,58 @@ class TestWords(WordScorerContract):
     kind = "word"
     sentences = ([2, 3, 5, 7, 2, 8], [2, 3, 4])
     end = "none"
+
+
+class WithNgram(WordScorerContract):
+    """The same sums over sentences; before their words are complete, an n-gram's."""
+
+    def make_scorer(self):
+        scorer = super().make_scorer()
+        scorer.ngram = self.ngram
+        return scorer
+
+    @property
+    def ngram(self):
+        return LabelNgram.estimate([[2, 3, 4], [5, 6, 3], [7, 8, 9, 2]], self.vocab_size, order=3)
+
+    def so_far(self, tokens):
+        """Complete words by the LLM, the tokens of the last one by the n-gram."""
+        begins = [self.tokens[t].startswith("\u2581") or t == self.space for t in tokens]
+        start = max((i for i, begin in enumerate(begins) if begin), default=0)
+        score = whole(self.loaded, self.text(tokens[:start]), "none")
+        for i in range(start, len(tokens)):
+            row, _ = self.ngram.score(self.prefix(tokens[:i]), None, None)
+            score += float(row[tokens[i]])
+        return score
+
+    def full_log_probs(self, scorer, tokens):
+        rows = []
+        for length in range(len(tokens) + 1):
+            prefix = list(tokens[:length])
+            now = self.so_far(prefix)
+            row = [-1e10] + [self.so_far([*prefix, v]) - now for v in range(1, self.vocab_size)]
+            row[-1] = whole(self.loaded, self.text(prefix), self.end) - now
+            rows.append(row)
+        return torch.tensor(rows)
+
+    def test_scores_are_log_probs_that_depend_on_the_prefix(self):
+        rows, _ = self.walk(self.make_scorer(), self.sentences[0])
+        assert torch.isfinite(rows).all()
+        assert (rows[1:, -1] - rows[:-1, -1]).abs().min() > 1e-3
+
+    def test_states_of_beginnings_go_on(self):
+        scorer, tokens = self.make_scorer(), self.sentences[0]
+        rows, _ = self.walk(scorer, tokens)
+        for state in (None, *(self.walk(scorer, tokens[:n])[1] for n in (0, 2))):
+            row, _ = scorer.score(self.prefix(tokens), state, None)
+            torch.testing.assert_close(row, rows[-1], atol=1e-4, rtol=1e-4)
+
+
+class TestPiecesWithNgram(WithNgram):
+    kind = "bpe"
+
+
+class TestCharactersWithNgram(WithNgram):
+    kind = "char"
+    sentences = ([3, 4, 5, 2, 6, 2], [3, 4, 2, 2, 8])
+    end = "newline"

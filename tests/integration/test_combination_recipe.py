@@ -130,6 +130,10 @@ def test_joint_sums(loquacious):
     expected = {
         "aed": {},
         "aed_llm": {"fusion_llm": "exp/lm_LLM_native/llm"},
+        "aed_llm_ngram": {
+            "fusion_llm": "exp/lm_LLM_native/llm",
+            "fusion_ngram": "exp/lm_LLM/ngram4.npz",
+        },
         "aed_pieces": {},
         "aed_pieces_ilm": {"ilm": "zero_context"},
         "aed_pieces_mini_lstm": {"ilm": "mini_lstm", "ilm_file": mini_lstm},
@@ -203,7 +207,7 @@ def test_mini(copy, corpus):
     configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
     assert all((recipe / value).is_file() for value in configs)
     assert f"conf/{corpus}/mini/train_aed.yaml" in configs
-    assert len(by_tag(calls)) == 14  # 13 rows, and the training of the CTC model
+    assert len(by_tag(calls)) == 15  # 14 rows, and the training of the CTC model
     table = yaml.safe_load((recipe / "exp/mini/results_combination.yaml").read_text())
     assert table["cpu_time"] is True
 

@@ -157,6 +157,7 @@ combine_aed() { # row
     esac
     case $(cell "$1" 4) in
         *zero_context) lines+=$'\n'"ilm: zero_context" ;;
+        *ngram) lines+=$'\n'"fusion_ngram: ${pieces}/ngram4.npz" ;;
         *mini_lstm) lines+=$'\n'"ilm: mini_lstm"$'\n'"ilm_file: ${aed}/mini_lstm.pth" ;;
     esac
     # decoded with what was tuned, and nothing else

@@ -9,7 +9,7 @@
 #   sizes_of  a function of full or tiny: how many utterances (options of make_mini_corpus), `nbpe`
 #   less_of   languages of which the rows `low` have a tenth
 # and has conf/<recipe>/experiment.
-# shellcheck disable=SC2034  # used by what is sourced
+# shellcheck source-path=SCRIPTDIR disable=SC2034  # used by what is sourced
 
 . ../../TEMPLATE/asr1/path.sh
 . ../../TEMPLATE/asr1/cmd.sh
