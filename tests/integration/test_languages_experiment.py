@@ -112,6 +112,7 @@ def test_rows_vary_one_option(calls, corpus):
         ("frozen_rnnt", rnnt),
         ("frozen_lang", languages),
         ("frozen_rnnt_lang", {**rnnt, **languages}),
+        ("frozen_rnnt_w0.1", {"auxiliary": [{**rnnt["auxiliary"][0], "weight": 0.1}]}),
         ("frozen_ctc-encoder", {"auxiliary": auxiliary("ctc", "encoder")}),
         ("frozen_rnnt-adapter", {"auxiliary": auxiliary("rnnt", "adapter")}),
         ("lora", {"tuning": "lora"}),

@@ -53,16 +53,20 @@ place() { # model; everything of a seed is in one directory, the CTC does not de
 }
 # Sets `lm` and `options` of training from the words of a model's name.
 describe() {
-    local word words loss tap
+    local word words loss tap weight=""
     lm=copy options=""
     IFS=_ read -ra words <<< "$1"
     for word in "${words[@]}"; do
+        [[ ${word} != w[0-9]* ]] || weight=${word#w}
+    done
+    for word in "${words[@]}"; do
         case ${word} in
+            w[0-9]*) ;; # of the loss
             frozen | lora | full) options+=" --decoder_conf tuning=${word}" ;;
             rnnt* | ctc*)
                 loss=${word%-*} tap=llm_prefix
                 [[ ${word} != *-* ]] || tap=${word#*-}
-                options+=" --model_conf auxiliary=[$(head_of "${loss}" "${tap}")]"
+                options+=" --model_conf auxiliary=[$(head_of "${loss}" "${tap}" "${weight}")]"
                 ;;
             lang)
                 options+=" --decoder_conf soft_prompt=per_language"
@@ -76,9 +80,9 @@ describe() {
     done
 }
 # An entry of `auxiliary`, as YAML without spaces. The same name everywhere, for the table.
-head_of() { # loss, tap
-    local more=""
-    [ "$1" = ctc ] || more=',"predictor_dim":128,"joint_dim":256'
+head_of() { # loss, tap, weight unless it is that of the configuration
+    local more=${3:+,\"weight\":$3}
+    [ "$1" = ctc ] || more+=',"predictor_dim":128,"joint_dim":256'
     echo "{\"loss\":\"$1\",\"tap\":\"$2\",\"name\":\"aux\"${more}}"
 }
 # Options of the scheduler: one cosine over the whole training, a tenth of it to warm up.
