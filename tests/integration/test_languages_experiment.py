@@ -119,6 +119,10 @@ def test_rows_vary_one_option(calls, corpus):
         ("full_rnnt", {"tuning": "full", **rnnt}),
         ("frozen_small", {"llm": f"{EXP}/lm_copy_small/llm"}),
         ("frozen_rnnt_lang_predict", {**rnnt, **languages, "language_prediction": True}),
+        (
+            "frozen_lang_drop",
+            {**languages, "soft_prompt_conf.language_dropout": 0.3},
+        ),
         ("frozen_low", {"first_cycle_steps": 536, "warmup_steps": 53}),
     ):
         changed = {key: value for key, value in options(model).items() if base.get(key) != value}

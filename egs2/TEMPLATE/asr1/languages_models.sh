@@ -72,6 +72,7 @@ describe() {
                 options+=" --decoder_conf soft_prompt=per_language"
                 options+=" --decoder_conf soft_prompt_conf.languages=[${langs// /,}]"
                 ;;
+            drop) options+=" --decoder_conf soft_prompt_conf.language_dropout=0.3" ;;
             predict) options+=" --decoder_conf language_prediction=true" ;;
             small) lm=copy_small ;;
             low) ;; # set_of
