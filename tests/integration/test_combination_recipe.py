@@ -218,10 +218,15 @@ def test_speech_llms_are_in_the_table(copy):
         (directory / f"decode_{how}/dev").mkdir(parents=True)
         (directory / f"decode_{how}/dev/scores.json").write_text("{}")
     (directory / "config.yaml").write_text("model: speech_llm\n")
+    (directory / "decode_joint/tune").mkdir()
+    (directory / "decode_joint/tune/scales.json").write_text("{}")
     recipe, _, _ = run(copy, "loquacious", *LOQUACIOUS, "--expdir", "other")
     table = yaml.safe_load((recipe / "other/results_combination.yaml").read_text())
     names = [system["name"] for system in table["systems"]]
     assert names[-2:] == ["speech LLM sl_LLM, alone", "speech LLM sl_LLM, jointly with CTC"]
+    alone, joint = table["systems"][-2:]
+    assert "scales" not in alone
+    assert joint["scales"] == "other/asr_sl_LLM/decode_joint/tune/scales.json"
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,8 @@ speech_llms() {
     rtf: ${directory}/decode_${how}/$(option test_sets test | cut -d ' ' -f 1)/logdir/output.*/rtf.json
     time: [$(times_of "${directory}")]
 ENTRY
+            [ ! -f "${directory}/decode_${how}/tune/scales.json" ] ||
+                echo "    scales: ${directory}/decode_${how}/tune/scales.json"
         done
     done
 }
