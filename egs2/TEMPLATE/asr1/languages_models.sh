@@ -75,6 +75,7 @@ describe() {
             drop) options+=" --decoder_conf soft_prompt_conf.language_dropout=0.3" ;;
             predict) options+=" --decoder_conf language_prediction=true" ;;
             small) lm=copy_small ;;
+            start) ;; # settings of asr
             low) ;; # set_of
             *) die "model '$1' has the unknown word '${word}'" ;;
         esac
@@ -107,12 +108,13 @@ asr() { # model, what is done, options
     lock=${size}_$(basename "${directory}")_$1_$2
     [ "$2" != stats ] || lock=${size}_stats_${set}
     [[ $1 != ctc* ]] || settings=train_ctc
+    [[ $1 != *_start* ]] || settings=train_speech_llm_start
     stages "${lock}" --skip_data_prep true --expdir "${directory}" \
         --train_set "${set}" --asr_stats_dir "${exp}/asr_stats_${set}" --asr_tag "$1" \
         --asr_config "$(config "${settings}")" "${@:3}"
 }
 train_model() {
-    local set ctc=ctc lm options
+    local set ctc=ctc lm options first
     set=$(set_of "$1")
     [ "${set}" = train ] || ctc=ctc_low
     if [[ $1 == ctc* ]]; then
@@ -124,8 +126,9 @@ train_model() {
     train_model "${ctc}"
     describe "$1"
     train_lm "${lm}"
-    asr "$1" train --skip_eval true --stop_stage 11 \
-        --pretrained_model "$(place ctc)/asr_${ctc}/valid.loss.ave.pth:encoder:encoder" \
+    first=$(place ctc)/asr_${ctc}/valid.loss.ave.pth
+    [[ $1 != *_start* ]] || first="${first}:ctc:ctc ${first}"
+    asr "$1" train --skip_eval true --stop_stage 11 --pretrained_model "${first}:encoder:encoder" \
         --asr_args "$(training_of "$1")"
     report_gap "$(place "$1")/asr_$1"
 }
