@@ -65,6 +65,8 @@ def training(results: Results, group: Optional[str] = None) -> tuple[list[str], 
 
 
 def _memory(system: System) -> str:
+    if system.seconds is None:  # a part of the training is not finished
+        return UNKNOWN
     parts = (("", system.memory), ("GPU ", system.gpu_memory))
     return ", ".join(f"{name}{size / 1e9:.1f} GB" for name, size in parts if size) or UNKNOWN
 

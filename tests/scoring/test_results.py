@@ -142,6 +142,10 @@ def test_memory_of_training_is_the_most_of_any(recipe):
     (recipe / "exp/time.json").write_text('{"seconds": 5, "memory_bytes": 4.0e9}')
     _, (weak, strong) = results_page.comparison(load_results("results.yaml"))
     assert (weak[-1], strong[-1]) == ("4.0 GB", "4.0 GB, GPU 12.3 GB")
+    (recipe / "exp/long.json").unlink()  # a system whose training is not finished
+    (recipe / "results.yaml").write_text("unfinished: true" + CONFIG)
+    _, (weak, strong) = results_page.comparison(load_results("results.yaml"))
+    assert (weak[-1], strong[-1]) == ("4.0 GB", "-")
 
 
 def test_columns_that_nobody_fills_are_left_out(recipe):
