@@ -283,6 +283,14 @@ class _Reader:
         found = self.present(dict(self.each(path)))
         return statistics.fmean(map(read, found.values())) if found else None
 
+    def gap(self, log: Optional[str]) -> Optional[float]:
+        """Mean shuffled-audio gap of the logs; an unfinished one may have no epoch yet."""
+        if self.unfinished and log is not None:
+            logs = self.present(dict(self.each(log))).values()
+            gaps = [read_gap(one) for one in logs if last_statistics(one)]
+            return statistics.fmean(gaps) if gaps else None
+        return self.mean(log, read_gap)
+
     def statistics(self, log: Optional[str]) -> dict[str, float]:
         """Means over the seeds of the statistics ``training`` that a log has."""
         if log is None or not self.training:
@@ -327,7 +335,7 @@ def _load_system(where: str, entry: dict, reader: _Reader) -> System:
         seconds=sum(seconds) if seconds and None not in seconds else None,
         memory=reader.most(times, "memory_bytes"),
         gpu_memory=reader.most(times, "gpu_memory_bytes"),
-        audio_gap=reader.mean(entry.get("train_log"), read_gap),
+        audio_gap=reader.gap(entry.get("train_log")),
         group=entry.get("group"),
         command=entry.get("command"),
         training=reader.statistics(entry.get("train_log")),

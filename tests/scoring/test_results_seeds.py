@@ -177,5 +177,7 @@ def test_weights_and_audio_gap_of_a_speech_llm(recipe):
         load_results("results.yaml")
     log = recipe / "exp/e5_s1/train.log"
     assert last_statistics(log) == {"loss": 1.0}
+    log.write_text("the first epoch is not finished\n")
+    assert rows_of(load_results("results.yaml"), "5 epochs")[0]["audio gap"] == "1.50"
     with pytest.raises(UserError, match="no such training log"):
         last_statistics(recipe / "none.log")
