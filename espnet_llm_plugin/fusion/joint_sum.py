@@ -100,10 +100,7 @@ def first_points(grid: Sequence[JointWeights]) -> list[JointWeights]:
     the search lose its way, there are still lists to go on from.
     """
 
-    def at(share: dict[str, float]) -> JointWeights:
-        values = {axis: sorted({getattr(w, axis) for w in grid}) for axis in JointWeights.AXES}
-        return JointWeights(
-            **{axis: each[int(share.get(axis, 0.5) * len(each))] for axis, each in values.items()}
-        )
-
-    return list(dict.fromkeys([at({}), at({"lm_weight": 0.0, "ilm_weight": 0.0})]))
+    values = {axis: sorted({getattr(w, axis) for w in grid}) for axis in JointWeights.AXES}
+    middle = {axis: each[len(each) // 2] for axis, each in values.items()}
+    least = {axis: values[axis][0] for axis in ("lm_weight", "ilm_weight")}
+    return list(dict.fromkeys([JointWeights(**middle), JointWeights(**{**middle, **least})]))

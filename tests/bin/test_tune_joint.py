@@ -87,6 +87,10 @@ def test_what_is_written(tuned, files):
     searched = [point for point in content["points"] if "reranked" not in point]
     assert 1 <= len(searched) <= 5
     assert content["best"] in searched
+    # the middle of the grid, and the same with the least LM
+    axes = ("ctc_weight", "lm_weight", "ilm_weight", "penalty")
+    first = {(0.6, 0.5, 0.4, 3.0), (0.6, 0.0, 0.0, 3.0)}
+    assert first <= {tuple(point[axis] for axis in axes) for point in searched}
     assert content["best"]["wer"] == min(point["wer"] for point in searched)
     lists = [json.loads(line) for line in (output / "nbest.jsonl").read_text().splitlines()]
     assert {one["utt"] for one in lists} == set(TEXT) - {"utt-d"}

@@ -4,11 +4,12 @@
 # languages_rows.txt; models: languages_models.sh; decoding and table: languages_steps.sh.
 #
 # The recipe defines, before `languages_experiment "$@"`,
+#   recipe    its name; its configurations are conf/<recipe>/experiment
 #   corpus    in whose layout the corpus is made, of make_mini_corpus: fleurs or mls
 #   langs     its languages
-#   sizes_of  a function of full or tiny: how many utterances (options of make_mini_corpus), `nbpe`
+#   sizes_of  a function of full or tiny that sets `sizes`, numbers of utterances (options of
+#             make_mini_corpus), and `nbpe`, that of pieces
 #   less_of   languages of which the rows `low` have a tenth
-# and has conf/<recipe>/experiment.
 # shellcheck source-path=SCRIPTDIR disable=SC2034  # used by what is sourced
 
 . ../../TEMPLATE/asr1/path.sh
