@@ -169,9 +169,7 @@ def _utterances(
     device = next(model.parameters()).device
     for names, batch in batches:
         batch = {key: value.to(device) for key, value in batch.items()}
-        encoder_out, frames = model.encode(batch["speech"], batch["speech_lengths"])
-        if isinstance(encoder_out, tuple):  # with intermediate CTC outputs
-            encoder_out = encoder_out[0]
+        encoder_out, frames = model.encode_frames(batch["speech"], batch["speech_lengths"])
         text_lengths = batch["text_lengths"]
         languages = model.decoder.soft_prompt.languages_of(batch) if NAME in batch else None
         audio = model.decoder.adapt(encoder_out, frames, languages)

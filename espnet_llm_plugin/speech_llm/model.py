@@ -8,10 +8,10 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from espnet2.asr.ctc import CTC
-from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 from torch import Tensor
 
+from espnet_llm_plugin.encoder.short import ShortUtterances
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.model_parts import (
     NO_WEIGHT,
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
         )
 
 
-class SpeechLLMModel(ESPnetASRModel):
+class SpeechLLMModel(ShortUtterances):
     """Encoder, adapter and LLM trained with the cross-entropy of the text and auxiliary losses.
 
     [Prompting Large Language Models with Speech Recognition Abilities, arXiv 2307.11795; LLMs and
@@ -223,9 +223,7 @@ class SpeechLLMModel(ESPnetASRModel):
                 see :mod:`~espnet_llm_plugin.data.language_codes`.
         """
         languages = self.decoder.soft_prompt.languages_of(kwargs)
-        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
-        if isinstance(encoder_out, tuple):
-            encoder_out = encoder_out[0]
+        encoder_out, frame_lengths = self.encode_frames(speech, speech_lengths)
         batch, skipped = self._usable(
             encoder_out, frame_lengths, text, text_lengths, kwargs.get("utt_id"), languages
         )
@@ -400,9 +398,7 @@ class SpeechLLMModel(ESPnetASRModel):
         Raises:
             UserError: An utterance cannot be scored, see :meth:`forward`.
         """
-        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
-        if isinstance(encoder_out, tuple):
-            encoder_out = encoder_out[0]
+        encoder_out, frame_lengths = self.encode_frames(speech, speech_lengths)
         languages = self.decoder.soft_prompt.languages_of(language) if language else None
         batch, skipped = self._usable(
             encoder_out, frame_lengths, text, text_lengths, None, languages

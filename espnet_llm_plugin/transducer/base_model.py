@@ -9,11 +9,11 @@ from abc import abstractmethod
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import torch
-from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 from torch import Tensor
 
 from espnet_llm_plugin.encoder.latency import log_latency
+from espnet_llm_plugin.encoder.short import ShortUtterances
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.model_parts import (
     NO_WEIGHT,
@@ -37,7 +37,7 @@ class Lattice(NamedTuple):
     text_lengths: Tensor  # (B,)
 
 
-class AbsTransducerModel(ESPnetASRModel):
+class AbsTransducerModel(ShortUtterances):
     """An ESPnet model with transducer, auxiliary CTC and MWER losses and checks of its inputs.
 
     Subclasses implement :meth:`lattice_nll` and :meth:`nbest_scores`. ``parts`` are the modules
@@ -171,13 +171,6 @@ class AbsTransducerModel(ESPnetASRModel):
             loss = loss + getattr(self, f"{name}_weight") * mean
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, float(kept)), loss.device)
-
-    def encode_frames(self, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder output (B, T, D) and lengths (B,), without intermediate layers' outputs."""
-        encoder_out, frame_lengths = self.encode(speech, speech_lengths)
-        if isinstance(encoder_out, tuple):
-            encoder_out = encoder_out[0]
-        return encoder_out, frame_lengths
 
     @torch.no_grad()
     def utterance_nll(

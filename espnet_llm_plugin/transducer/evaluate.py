@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
+from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from torch import Tensor
 
 from espnet_llm_plugin.data.language_codes import NAME
@@ -120,14 +121,18 @@ def _nll_along(
     text: Tensor,
     text_lengths: Tensor,
 ) -> Tensor:
-    """-log P(text | speech) (B,); adds the best alignments to ``sums``."""
+    """-log P(text | speech) (B,), infinite without a frame; adds best alignments to ``sums``."""
     encoder_out, frame_lengths = model.encode_frames(speech, speech_lengths)
-    everything = torch.ones_like(frame_lengths, dtype=torch.bool)
-    batch = trim(encoder_out, frame_lengths, text, text_lengths, everything)
+    long_enough = frame_lengths.cpu() > 0
+    values = torch.full((len(speech),), math.inf, dtype=torch.float64)
+    if not long_enough.any():
+        return values
+    batch = trim(encoder_out, frame_lengths, text, text_lengths, long_enough)
     found = transitions(model, batch)
-    values = lattice_nll(found.blank, found.label, batch.frame_lengths, batch.text_lengths)
+    nll = lattice_nll(found.blank, found.label, batch.frame_lengths, batch.text_lengths)
+    values[long_enough] = nll.to(values)
     words = WordErrors(model.token_list).words
-    for i, value in enumerate(values.tolist()):
+    for i, value in enumerate(nll.tolist()):
         num_frames, num_labels = int(batch.frame_lengths[i]), int(batch.text_lengths[i])
         if math.isfinite(value):
             sums.add(
@@ -143,7 +148,11 @@ def _nll_along(
 def _ctc_nll(
     model: Any, speech: Tensor, speech_lengths: Tensor, text: Tensor, text_lengths: Tensor
 ) -> Tensor:
-    encoder_out, frame_lengths = model.encode(speech, speech_lengths)
+    try:
+        encoder_out, frame_lengths = model.encode(speech, speech_lengths)
+    except TooShortUttError as error:  # of the longest
+        logging.warning("%s", error)
+        return torch.full((len(speech),), math.inf)
     if isinstance(encoder_out, tuple):
         encoder_out = encoder_out[0]
     return torch.nn.functional.ctc_loss(
