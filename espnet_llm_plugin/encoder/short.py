@@ -8,8 +8,8 @@ B utterances, T encoder frames, D encoder width.
 """
 
 import torch
-from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet.nets.pytorch_backend.transformer.subsampling import check_short_utt
+from espnet2.asr.espnet_model import ESPnetASRModel
 from torch import Tensor
 
 

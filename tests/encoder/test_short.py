@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from espnet2.asr.frontend.default import DefaultFrontend
 from espnet2.asr.specaug.specaug import SpecAug
-from espnet.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
 from espnet_llm_plugin.encoder.short import shortest_input
 from espnet_llm_plugin.encoder.streaming_conformer import StreamingConformerEncoder
