@@ -30,6 +30,7 @@ class Languages:
 
     Attributes:
         codes: L codes, in the order of their numbers.
+        policy: ``unknown_language``.
 
     Raises:
         UserError: No languages, or codes that cannot be.
@@ -57,7 +58,7 @@ class Languages:
             )
         self.names = dict(languages) if isinstance(languages, Mapping) else {}
         self._numbers = {code: number for number, code in enumerate(self.codes)}
-        self._policy = unknown_language
+        self.policy = unknown_language
         self._reported: set[str] = set()
         self._reported_none = False
 
@@ -68,6 +69,10 @@ class Languages:
     def unknown_row(self) -> int:
         """Number of an unknown language."""
         return len(self.codes)
+
+    def is_known(self, code: str) -> bool:
+        """Whether the model has the language, or the code says that it is unknown."""
+        return code == UNKNOWN or code in self._numbers
 
     def code_of(self, number: int) -> str:
         """The code of a number."""
@@ -120,13 +125,13 @@ class Languages:
             name = "an utterance" if utterances is None else utterances[codes.index(None)]
             logging.warning(
                 f"{name} has no language, and counts as unknown; the statistic num_no_language "
-                "counts all such utterances"
+                "has the mean number of such utterances in a batch"
             )
         return torch.tensor(self.numbers(codes, utterances), device=data[NAME].device)
 
     def _foreign(self, code: str, utterance: str) -> int:
         known = ", ".join(self.codes)
-        if self._policy == "error":
+        if self.policy == "error":
             raise UserError(
                 f"{utterance} has the language '{code}', which the model does not know; it knows "
                 f"{known}. Correct utt2lang, list the language in decoder_conf "

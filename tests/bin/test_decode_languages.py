@@ -165,24 +165,46 @@ def test_utterances_without_a_language(run, tmp_path, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--lang", "fr"], "'fr', which the model does not know; it knows en, de, to"),
+        (["--lang", "fr"], "4 of 4 utterances, .*: fr .4.; it knows en, de, to"),
         (["--utt2lang", "missing"], "--utt2lang missing: there is no such file"),
         (["--utt2lang", "{utt2lang}", "--lang", "en"], "give one of them"),
-        (["--utt2lang", "{tmp}/foreign"], "utterance utt-c has the language 'xx'"),
+        (
+            ["--utt2lang", "{tmp}/foreign"],
+            r"2 of 4 utterances, e.g. utt-., .*: (xx|yy) \(1\), (xx|yy) \(1\).*--unknown_language",
+        ),
+        (["--unknown_language", "predict"], "this model does not predict languages"),
         (["--utt2lang", "{tmp}/other"], "a language of none of the 4 utterances"),
     ],
 )
 def test_bad_languages(run, files, tmp_path, options, message):
-    (tmp_path / "foreign").write_text("utt-a en\nutt-c xx\n")
+    (tmp_path / "foreign").write_text("utt-a en\nutt-c xx\nutt-d yy\n")
     (tmp_path / "other").write_text("else en\n")
     with pytest.raises(UserError, match=message):
         run(*(option.format(utt2lang=files["utt2lang"], tmp=tmp_path) for option in options))
 
 
-@pytest.mark.parametrize("option", ["--lang", "--utt2lang"])
+def test_languages_that_the_model_does_not_know(run, files, tmp_path, caplog):
+    table = tmp_path / "foreign"
+    table.write_text("utt-b en\nutt-a xx\nutt-c xx\nutt-d yy\n")
+    unknown = run("--utt2lang", table, "--unknown_language", "unk")
+    assert "3 of 4 utterances" in caplog.text and "xx (2), yy (1); it knows" in caplog.text
+    expected = {"utt-b": "en", "utt-a": "unk", "utt-c": "unk", "utt-d": "unk"}
+    assert {utt: entry["lang"] for utt, entry in unknown.items()} == expected
+    options = ("--utt2lang", table, "--unknown_language", "predict")
+    predicted = run(*options, kind="predicting", out="predicted")
+    assert predicted["utt-b"]["lang"] == "en"
+    for utt in ("utt-a", "utt-c", "utt-d"):
+        assert predicted[utt]["lang"] == predicted[utt]["lang_predicted"] != "unk"
+    score(evaluate_nll, files, tmp_path / "nll", *options, kind="predicting")
+
+
+@pytest.mark.parametrize(
+    "option", [("--lang", "en"), ("--utt2lang", "en"), ("--unknown_language", "unk")]
+)
 def test_models_without_languages_refuse_them(run, option):
-    with pytest.raises(UserError, match=f"{option}: this model has no soft prompts of languages"):
-        run(option, "en", kind="plain")
+    message = f"{option[0]}: this model has no soft prompts of languages"
+    with pytest.raises(UserError, match=message):
+        run(*option, kind="plain")
 
 
 def test_tuning_uses_the_languages(run, files, tmp_path):
