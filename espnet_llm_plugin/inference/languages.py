@@ -138,8 +138,8 @@ def _taken_for(
     counts = ", ".join(f"{code} ({number})" for code, number in foreign.most_common())
     first = next(name for name, code in zip(utterances, codes) if code in foreign)
     what = (
-        f"{foreign.total()} of {len(codes)} utterances, e.g. {first}, have languages that the model "
-        f"does not know: {counts}; it knows {', '.join(languages.codes)}"
+        f"{foreign.total()} of {len(codes)} utterances, e.g. {first}, have languages that the "
+        f"model does not know: {counts}; it knows {', '.join(languages.codes)}"
     )
     if policy == "error":
         raise UserError(

@@ -222,7 +222,7 @@ class SpeechLLMRecognizer:
             languages: Numbers (B,), from :meth:`language_numbers`; None: not given.
 
         Raises:
-            UtteranceError: The audio does not fit the LLM's context.
+            UtteranceError: The audio does not fit the LLM's context, or has no frame.
         """
         used = self.options.weights.by_scorer()
         prepared = self.prepare(encoder_out, lengths, seconds, used, languages)
@@ -242,7 +242,14 @@ class SpeechLLMRecognizer:
         Args:
             encoder_out, lengths, seconds, languages: See :meth:`search`.
             used: Names of the scorers that some search needs.
+
+        Raises:
+            UtteranceError: See :meth:`search`.
         """
+        if not int(lengths.min()):
+            raise UtteranceError(
+                "its audio is empty or too short: the encoder makes no frame of it"
+            )
         options = self.options
         lengths = lengths.to(self.device)
         longest, shortest = length_limits(

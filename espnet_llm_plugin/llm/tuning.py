@@ -69,7 +69,10 @@ class TunedLLM(torch.nn.Module):
     ):
         super().__init__()
         if tuning not in TUNINGS:
-            raise UserError(f"unknown tuning {tuning!r}; expected one of {', '.join(TUNINGS)}.")
+            raise UserError(
+                f"unknown tuning {tuning!r}; expected one of {', '.join(TUNINGS)}. (Two stages: "
+                "`optim: adamw_groups` with freeze_updates of the group decoder.llm.)"
+            )
         if lora_conf is not None and tuning != "lora":
             raise UserError(f"lora_conf is for `tuning: lora`, got `tuning: {tuning}`.")
         self.tuning = tuning

@@ -5,10 +5,13 @@ import math
 import re
 
 import pytest
+import torch
 import yaml
 
 from espnet_llm_plugin.bin import asr_inference, tune_fusion, tune_scales
-from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.errors import UserError, UtteranceError
+from espnet_llm_plugin.inference.loading import load_asr
+from espnet_llm_plugin.inference.speech_llm import SpeechLLMRecognizer
 from espnet_llm_plugin.llm.native import native_token_list
 from espnet_llm_plugin.speech_llm.units import label_units
 from tests.inference.tiny_asr import TOKENS, make_audio, make_lm, make_speech_llm, read_scp
@@ -145,6 +148,23 @@ def test_long_audio_is_decoded_in_segments(run, tmp_path, method):
     best, second = entries[:2]
     assert best["ranking"] >= second["ranking"]
     assert best["text"].count(" ") >= 1  # segments are words of their own
+
+
+def test_audio_too_short_for_a_frame(run, tmp_path, caplog):
+    wav = make_audio(tmp_path / "wav", {"long": 0.9, "short": 0.02, "longer": 1.1})
+    entries = run("--beam_size", "1", "--batch_size", "3", wav=wav)
+    assert entries[0]["text"] and entries[1]["text"] == "" and entries[2]["text"]
+    assert "1 of 3 utterances failed: short" in caplog.text
+
+
+def test_no_frame_is_an_error(files):
+    """Not a search without audio, whose text would be what the LLM likes."""
+    recognizer = SpeechLLMRecognizer(
+        load_asr(files["speech_llm"].config, files["speech_llm"].model)
+    )
+    frames = torch.zeros(2, 3, recognizer.asr.model.encoder.output_size())
+    with pytest.raises(UtteranceError, match="no frame"):
+        recognizer.search(frames, torch.tensor([3, 0]))
 
 
 def test_audio_beyond_the_context(run, tmp_path, caplog):
