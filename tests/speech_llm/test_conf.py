@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from espnet_llm_plugin import registry
+from espnet_llm_plugin.encoder.stride import encoder_frame_ms
 from tests.speech_llm.tiny_llm import save_adapted, save_native
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -75,3 +76,48 @@ def test_configuration(tmp_path, name):
     assert stated[1] in (f"{parameters / 1e6:.0f}", f"{parameters / 1e6:.1f}")
     if "decoder" in conf:
         assert not model.decoder.llm.is_loaded
+
+
+def axes(conf):
+    """What the tables of the papers vary: stride, encoder layers, rank, masked text, tuning."""
+    decoder = conf["decoder_conf"]
+    stack = decoder["adapter_conf"].get("stack")
+    lora = decoder.get("lora_conf", {})
+    return {
+        "ms": None if stack is None else stack * encoder_frame_ms(conf),
+        "layers": conf["encoder_conf"]["num_blocks"],
+        "rank": lora.get("r", 8) if decoder.get("tuning", "lora") == "lora" else 0,
+        "mask": conf.get("model_conf", {}).get("text_mask", 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in CONF.glob("speech_llm/train_llama7b_*.yaml"))
+)
+def test_an_axis_of_the_paper_is_what_the_name_says(name):
+    """All else is as in train_llama7b_240ms.yaml, and the header names the row of the table."""
+    text, base = (
+        (CONF / f"speech_llm/{n}.yaml").read_text() for n in (name, "train_llama7b_240ms")
+    )
+    conf, base = yaml.safe_load(text), yaml.safe_load(base)
+    expected = axes(base)
+    assert expected == {"ms": 240, "layers": 18, "rank": 8, "mask": 0.0}
+    for word in name.removeprefix("train_llama7b_").split("_"):
+        for pattern, axis, number in (
+            (r"([\d]+)ms", "ms", int),
+            (r"enc(\d+)", "layers", int),
+            (r"r(\d+)", "rank", int),
+            (r"mask([\d.]+)", "mask", float),
+        ):
+            if found := re.fullmatch(pattern, word):
+                expected[axis] = number(found[1])
+        expected |= {"frozen": {"rank": 0}, "mask": {"mask": 0.25}}.get(word, {})
+    assert axes(conf) == expected
+    assert "arXiv 2307.11795" in text and re.search(r"average WER [\d.]+", text)
+    # and nothing else differs
+    for one in (conf, base):
+        one["decoder_conf"]["adapter_conf"].pop("stack")
+        one["encoder_conf"].pop("num_blocks")
+        one["decoder_conf"].pop("lora_conf", None), one["decoder_conf"].pop("tuning")
+        one.setdefault("model_conf", {}).pop("text_mask", None)
+    assert conf == base
