@@ -47,7 +47,7 @@ class Row:
 
     method: str
     words: jiwer.WordOutput
-    rtf: float
+    rtf: float | None
     peak_bytes: float
     failed: int
 
@@ -57,9 +57,10 @@ class Row:
         total = words.hits + words.substitutions + words.deletions
         errors = (words.insertions, words.deletions, words.substitutions)
         kinds = " / ".join(f"{100 * number / total:.2f}" for number in errors)
+        rtf = "-" if self.rtf is None else f"{self.rtf:.3f}"
         return (
             f"| {self.method} | {100 * sum(errors) / total:.2f} | {kinds} | {self.failed} | "
-            f"{self.rtf:.3f} | {self.peak_bytes / 1e6:.0f} |"
+            f"{rtf} | {self.peak_bytes / 1e6:.0f} |"
         )
 
 

@@ -25,6 +25,7 @@ LANGUAGES = {
     "mls": ["en", "de", "nl", "fr", "es", "it", "pt", "pl"],
 }
 LESS = {"indic": ["bn", "te", "kn"], "mls": ["de", "fr", "it"]}
+CTC_LOSS = {"ctc_weight": 0.3, "groups.ctc.lr_factor": 0.2}
 EXP = "exp/experiment_full"
 HERE = f"{EXP}/e8_s1"
 
@@ -69,15 +70,20 @@ def test_every_row_is_a_decoding_of_its_own(calls, corpus):
     found = decodings(calls)
     assert len(ROWS) == len({row[0] for row in ROWS}) == len({row[4] for row in ROWS})
     assert len(found) == len(ROWS)
-    for _, _, model, languages, _ in ROWS:
-        tag = "decode" if languages == "utt2lang" else f"decode_{languages}"
+    for _, _, model, decoding, _ in ROWS:
+        tag = "decode" if decoding == "utt2lang" else f"decode_{decoding}"
         place = f"{EXP}/s1" if model == "ctc" else HERE
         call = found[f"{place}/asr_{model}/{tag}"]
-        assert call["--inference_lang"] == languages
+        tuned = decoding in ("joint", "fusion")
+        assert call["--inference_lang"] == ("utt2lang" if tuned else decoding)
+        grid = f"conf/{corpus}/experiment/tune_{decoding}.yaml" if tuned else None
+        assert call.get("--tune_config") == grid
+        assert call.get("--lm_exp") == (f"{EXP}/lm_copy" if decoding == "fusion" else None)
         # asr_llm.sh gives the languages to models whose options say that they have prompts of them
         prompts = "soft_prompt=per_language" in call.get("--asr_args", "")
         assert prompts == ("lang" in model)
         decode = "decode_ctc" if model == "ctc" else "decode"
+        decode += "_joint" if decoding == "joint" else ""
         assert call["--inference_config"] == f"conf/{corpus}/experiment/{decode}.yaml"
 
 
@@ -85,7 +91,8 @@ def test_configurations_are_used_and_there(calls, root, corpus):
     place = f"conf/{corpus}/experiment/"
     used = {v for call in calls for v in call.values() if v.startswith(place)}
     there = {str(p.relative_to(root)) for p in (root / place).iterdir()}
-    assert there - used == {f"{place}results.yaml"} and used <= there
+    unused = {f"{place}{name}.yaml" for name in ("results", "tune_joint_tiny", "tune_fusion_tiny")}
+    assert there - used == unused and used <= there
 
 
 def test_rows_vary_one_option(calls, corpus):
@@ -124,9 +131,43 @@ def test_rows_vary_one_option(calls, corpus):
             {**languages, "soft_prompt_conf.language_dropout": 0.3},
         ),
         ("frozen_low", {"first_cycle_steps": 536, "warmup_steps": 53}),
+        ("frozen_start_ownctc", CTC_LOSS),
+        ("lora_start_ownctc", {"tuning": "lora", **CTC_LOSS}),
     ):
         changed = {key: value for key, value in options(model).items() if base.get(key) != value}
         assert {key: yaml.safe_load(value) for key, value in changed.items()} == new, model
+
+
+@pytest.mark.parametrize(
+    ("word", "new"),
+    [
+        ("stack1", {"adapter_conf.stack": 1}),
+        ("stack4", {"adapter_conf.stack": 4}),
+        ("bidirectional", {"interface_conf.mask": "bidirectional"}),
+        ("merged", {"interface": "merged"}),
+        ("cross", {"interface": "cross_attention"}),
+        ("masked", {"text_mask": 0.25}),
+        (
+            "stages",
+            {
+                "groups": {
+                    "encoder": {"lr_factor": 0.2},
+                    "ctc": {"lr_factor": 0.2},
+                    "decoder.llm": {"freeze_updates": 200},
+                }
+            },
+        ),
+    ],
+)
+def test_axes_vary_one_option(calls, word, new):
+    found = trainings(calls)
+
+    def options(model):
+        words = found[f"{HERE}/asr_{model}"]["--asr_args"].split()
+        return {k: yaml.safe_load(v) for k, v in (w.split("=", 1) for w in words if "=" in w)}
+
+    base, varied = options("lora_start_ownctc"), options(f"lora_start_ownctc_{word}")
+    assert varied == {**base, **new}
 
 
 def test_a_part_of_some_languages(calls, recipe, corpus):
@@ -153,8 +194,17 @@ def test_the_corpus_is_made_of_its_languages(calls, corpus):
     assert made.split("--langs ")[1].split() == LANGUAGES[corpus]
 
 
-def test_the_table_has_every_row(recipe, calls, titles):
+def test_the_table_has_every_row_that_was_run(recipe, calls, titles):
+    for row in ROWS:  # as if
+        place = f"{EXP}/s1" if row[2] == "ctc" else HERE
+        tag = "decode" if row[3] == "utt2lang" else f"decode_{row[3]}"
+        scores = recipe / place / f"asr_{row[2]}" / tag / "test/scores.json"
+        scores.parent.mkdir(parents=True, exist_ok=True)
+        if row[0] != "axis_cross":
+            scores.touch()
+    assert launch(recipe, "--rows", "none", python=recipe.parents[2] / "bin").returncode == 0
     config = yaml.safe_load((recipe / EXP / "results.yaml").read_text())
+    titles = [title for title in titles if title != "cross attention"]
     assert [entry["name"] for entry in config["systems"]] == titles
     assert set(config["baseline"]) <= set(titles)
     assert config["seeds"] == [1] and config["unfinished"] is True

@@ -63,6 +63,10 @@ describe() {
         case ${word} in
             w[0-9]*) ;; # of the loss
             frozen | lora | full) options+=" --decoder_conf tuning=${word}" ;;
+            lora32)
+                options+=" --decoder_conf tuning=lora --decoder_conf lora_conf.r=32"
+                options+=" --decoder_conf lora_conf.alpha=64"
+                ;;
             rnnt* | ctc*)
                 loss=${word%-*} tap=llm_prefix
                 [[ ${word} != *-* ]] || tap=${word#*-}
@@ -76,6 +80,18 @@ describe() {
             predict) options+=" --decoder_conf language_prediction=true" ;;
             small) lm=copy_small ;;
             start) ;; # settings of asr
+            ownctc) options+=" --model_conf ctc_weight=0.3 --optim_conf groups.ctc.lr_factor=0.2" ;;
+            stack*) options+=" --decoder_conf adapter_conf.stack=${word#stack}" ;;
+            bidirectional) options+=" --decoder_conf interface_conf.mask=bidirectional" ;;
+            merged) options+=" --decoder_conf interface=merged" ;;
+            cross) options+=" --decoder_conf interface=cross_attention" ;;
+            masked) options+=" --model_conf text_mask=0.25" ;;
+            # The LLM's LoRA stays as it is for a quarter of the training.
+            stages)
+                options+=" --optim_conf groups={\"encoder\":{\"lr_factor\":0.2},"
+                options+="\"ctc\":{\"lr_factor\":0.2},\"decoder.llm\":{\"freeze_updates\":$(($(steps_of \
+                    "${epochs}" train) / 4))}}"
+                ;;
             low) ;; # set_of
             *) die "model '$1' has the unknown word '${word}'" ;;
         esac
@@ -87,11 +103,15 @@ head_of() { # loss, tap, weight unless it is that of the configuration
     [ "$1" = ctc ] || more+=',"predictor_dim":128,"joint_dim":256'
     echo "{\"loss\":\"$1\",\"tap\":\"$2\",\"name\":\"aux\"${more}}"
 }
+steps_of() { # epochs, training set
+    local utterances
+    utterances=$(wc -l < "${dump}/raw/$2/text")
+    echo $(($1 * ((utterances + 15) / 16)))
+}
 # Options of the scheduler: one cosine over the whole training, a tenth of it to warm up.
 schedule() { # epochs, training set
-    local utterances steps
-    utterances=$(wc -l < "${dump}/raw/$2/text")
-    steps=$(($1 * ((utterances + 15) / 16)))
+    local steps
+    steps=$(steps_of "$1" "$2")
     echo "--max_epoch $1 --scheduler_conf first_cycle_steps=${steps}" \
         "--scheduler_conf warmup_steps=$((steps / 10))"
 }

@@ -10,21 +10,39 @@ title_of() {
     echo "${title//LESS/${less_of// /, }}"
 }
 decoding_of() { # row
-    local model languages tag=decode
+    local model decoding tag=decode
     model=$(model_of "$1")
-    languages=$(column_of "$1" 4)
-    [ "${languages}" = utt2lang ] || tag+=_${languages}
+    decoding=$(column_of "$1" 4)
+    [ "${decoding}" = utt2lang ] || tag+=_${decoding}
     echo "$(place "${model}")/asr_${model}/${tag}"
 }
 run_row() {
-    local model given=(--inference_config "$(config decode_ctc)")
+    local model decoding given=(--inference_config "$(config decode_ctc)") languages=utt2lang tag
     model=$(model_of "$1")
+    decoding=$(column_of "$1" 4)
+    tag=$(basename "$(decoding_of "$1")")
     train_model "${model}"
     # The options of training say that there are soft prompts of languages.
     [[ ${model} = ctc* ]] || given=(--inference_config "$(config decode)"
         --inference_asr_model valid.ce_per_token.ave.pth --asr_args "$(training_of "${model}")")
-    asr "${model}" "$(basename "$(decoding_of "$1")")" --skip_train true "${given[@]}" \
-        --inference_lang "$(column_of "$1" 4)" --inference_tag "$(basename "$(decoding_of "$1")")"
+    case ${decoding} in
+        joint)
+            given+=(--inference_config "$(config decode_joint)" --tune_config "$(grid tune_joint)"
+                --alone_tag decode)
+            ;;
+        fusion)
+            train_lm copy
+            given+=(--use_lm true --lm_exp "${exp}/lm_copy" --tune_tool tune_fusion
+                --tune_config "$(grid tune_fusion)")
+            ;;
+        *) languages=${decoding} ;;
+    esac
+    asr "${model}" "${tag}" --skip_train true "${given[@]}" \
+        --inference_lang "${languages}" --inference_tag "${tag}"
+}
+# What is tried on dev; --size tiny only checks the machinery.
+grid() { # name
+    if [ "${size}" = tiny ]; then config "$1_tiny"; else config "$1"; fi
 }
 units_of() { # rows
     local seed row
@@ -51,6 +69,16 @@ run_unit() { # words of a unit
 }
 
 # --- the table ------------------------------------------------------------------------------------
+# Rows that are compared with each other.
+group_of() { # row
+    case $(column_of "$1" 2) in
+        start) echo "adapter that starts at the CTC" ;;
+        axes) echo "adapter that starts at the CTC, CTC loss, alone and jointly with the CTC" ;;
+        small) echo "small LLM" ;;
+        low) echo "a tenth of the data of ${less_of// /, }" ;;
+        *) echo "adapter that starts at random" ;;
+    esac
+}
 entry() { # row
     local seed="{seed}" model decoded times lm options
     model=$(model_of "$1")
@@ -63,6 +91,7 @@ entry() { # row
     fi
     cat << ENTRY
 -   name: "$(title_of "$1")"
+    group: "$(group_of "$1")"
     command: ./experiment.sh --size ${size} --rows $1 --epochs ${epochs}
     test: ${decoded}/test
     rtf: ${decoded}/test/logdir/output.1/rtf.json
@@ -71,6 +100,11 @@ entry() { # row
 ENTRY
     [[ ${model} = ctc* ]] || echo "    train_log: $(place "${model}")/asr_${model}/train.log"
 }
+was_run() { # row, for any seed
+    local seed="*"
+    compgen -G "$(decoding_of "$1")/test/scores.json" > /dev/null
+}
+# Rows of main are always in it, the others if they were run.
 table() {
     local row found results=RESULTS_experiment.md
     [ "${size}" = full ] || results=${exp}/${results}
@@ -81,7 +115,9 @@ table() {
         echo "utt2lang: {test: ${dump}/raw/test/utt2lang}"
         echo "seeds: [${found:-1}]"
         echo "systems:"
-        for row in $(rows_of all); do entry "${row}"; done
+        for row in $(rows_of all); do
+            if rows_of main | grep -qx "${row}" || was_run "${row}"; then entry "${row}"; fi
+        done
     } > "${exp}/results.yaml"
     tool results_archive --archive "${archive}" --collect "${exp}/results.yaml"
     tool results_table --config "${exp}/results.yaml" --output "${results}"
