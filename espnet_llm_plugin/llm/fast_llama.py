@@ -1,12 +1,7 @@
-"""New tokens of prefixes through a LLaMA-like decoder, without the modules around its weights.
+"""LLaMA-like decoders without the modules around their weights, see :mod:`.fast_decoder`.
 
-N: prefixes in one call, P: tokens of the longest with the new one, D: head dimension,
-H: key/value heads, G: query heads of each of them, E: model width, F: feed-forward width,
-V: vocabulary.
-
-A step of a search has few tokens, so that a small model spends most of it between the operations:
-module calls, mask making, cache objects. Here a layer is about fifteen operations on the same
-weights: four small layers take a third of the time of ``transformers``' forward.
+N: prefixes in one call, D: head dimension, H: key/value heads, G: query heads of each of them,
+E: model width, F: feed-forward width, V: vocabulary.
 """
 
 from typing import Any, Callable, NamedTuple, Optional, Sequence
@@ -15,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from espnet_llm_plugin.llm.kv_pool import KVPool
+from espnet_llm_plugin.llm.fast_decoder import (
+    Attend,
+    FastDecoder,
+    add_projected,
+    weights_of,
+    why_not_as_stored,
+)
 
 # Families whose layers are exactly these, by `model_type`.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,46 +37,34 @@ class _Layer(NamedTuple):
     mlp_norm: Tensor
     gate_up: list
     down: tuple
-    window: Optional[int]  # tokens seen, itself included
 
 
-class FastLlama:
-    """The forward of a Hugging Face model for one new token of each prefix.
+class FastLlama(FastDecoder):
+    """LLaMA, Mistral, Qwen2 and Qwen3.
 
     Args:
-        model: For which :func:`why_not_fast` has no reason. Its weights are used where they are
-            (except for small models, see ``MAX_FUSED_BYTES``).
+        model: For which :func:`why_not_fast` has no reason. Weights of small models are copied, see
+            ``MAX_FUSED_BYTES``.
     """
 
     def __init__(self, model: Any):
-        self._model = model
         config = self._config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.windows = windows(config)
         self.eps = config.rms_norm_eps
         self._moving = model.model.rotary_emb.rope_type in _MOVING_FREQUENCIES
-        self._read = None
-        self.refresh()
+        super().__init__(model)
 
-    def refresh(self) -> None:
-        """Look at the weights again if they have changed. Not while prefixes are in the pool."""
-        parameters = list(self._model.parameters())
-        # what optimizers, checkpoints and moves to another device leave traces in
-        now = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        if now == self._read:
-            return
-        self._read = now
+    def _load(self, size: int) -> None:
         decoder = self._model.model
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        with torch.no_grad(), torch.inference_mode(False):
-            self._layers = [
-                self._layer(layer, window, fuse=size <= MAX_FUSED_BYTES)
-                for layer, window in zip(decoder.layers, windows(self._config))
-            ]
+        self._layers = [
+            self._layer(layer, fuse=size <= MAX_FUSED_BYTES) for layer in decoder.layers
+        ]
         self._tables = None
         self._embedding, self._norm = decoder.embed_tokens.weight, decoder.norm.weight
-        self._head = _weights(self._model.lm_head)
+        self._head = weights_of(self._model.lm_head)
 
-    def _layer(self, layer: Any, window: Optional[int], fuse: bool) -> _Layer:
+    def _layer(self, layer: Any, fuse: bool) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
@@ -85,65 +74,14 @@ class FastLlama:
             norm=layer.input_layernorm.weight,
             qkv=_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj], fuse),
             head_norm=head_norm,
-            out=_weights(attention.o_proj),
+            out=weights_of(attention.o_proj),
             mlp_norm=layer.post_attention_layernorm.weight,
             gate_up=_side_by_side([mlp.gate_proj, mlp.up_proj], fuse),
-            down=_weights(mlp.down_proj),
-            window=window,
+            down=weights_of(mlp.down_proj),
         )
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        pool: KVPool,
-        slots: Tensor,
-        mask: Optional[Tensor],
-        positions: Tensor,
-    ) -> Tensor:
-        """Logits (N, V) after the new tokens, whose keys and values are put into the pool.
-
-        Args:
-            tokens: The new ones (N).
-            pool: Of the prefixes.
-            slots: Of all tokens, padded on the left; the last column is the new ones' (N, P).
-            mask: What is no padding (N, P); None: nothing is.
-            positions: Of the new tokens (N).
-        """
-        new = slots[:, -1]
-        if mask is not None:  # once what attention would do with it in each layer
-            zeros = self._embedding.new_zeros(mask.shape)
-            mask = zeros.masked_fill_(~mask, -torch.inf)[:, None, None, :]
-
-        def attend(n: int, qkv: Tensor) -> Tensor:
-            # The G query heads that share keys and values are their G queries.
-            pool.put(n, new, qkv[:, self.heads :].flatten(1))
-            table, seen, window = slots, mask, self._layers[n].window
-            if window is not None and slots.size(1) > window:
-                table = slots[:, -window:]
-                seen = None if mask is None else mask[..., -window:]
-            found = pool.get(n, table).view(*table.shape, 2, self.kv_heads, -1).transpose(1, 3)
-            keys, values = found.unbind(2)
-            queries = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))
-            return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
-
-        return self.forward(tokens, positions, slots.size(1), attend)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        length: int,
-        attend: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:
-        """Logits (N, V) after new tokens whose attention is the caller's.
-
-        Args:
-            tokens: The new ones (N).
-            positions: Of the new tokens (N).
-            length: All positions are below it.
-            attend: From the number of a layer and rotated queries, keys and values (N, heads, D),
-                side by side, to what attention finds (N, ...), H G D numbers.
-        """
+    def forward(self, tokens: Tensor, positions: Tensor, length: int, attend: Attend) -> Tensor:
+        """See the base class; queries and keys are rotated."""
         rotation = self._rotation(positions, length)
         x = functional.embedding(tokens, self._embedding)
         for n, layer in enumerate(self._layers):
@@ -158,20 +96,9 @@ class FastLlama:
         positions: Tensor,
         length: int,
         write: Callable[[int, Tensor], None],
-        attend: Callable[[int, Tensor], Tensor],
+        attend: Attend,
     ) -> None:
-        """Keys and values of embeddings in all layers, and nothing else.
-
-        What the last layer would make of its keys and values is not computed.
-
-        Args:
-            embeddings: Of N tokens or frames of any prefixes (N, E).
-            positions: Theirs (N).
-            length: All positions are below it.
-            write: Takes the number of a layer and rotated keys and values (N, 2 H, D).
-            attend: From the number of a layer, whose keys and values are written, and rotated
-                queries (N, H G, D) to what attention finds (N, ...), H G D numbers.
-        """
+        """See the base class; queries and keys are rotated."""
         rotation = self._rotation(positions, length)
         x, last = embeddings, len(self._layers) - 1
         for n, layer in enumerate(self._layers):
@@ -200,10 +127,10 @@ class FastLlama:
 
     def _rest(self, layer: _Layer, x: Tensor, found: Tensor) -> Tensor:
         """The residual stream (N, E) after a layer whose attention has found (N, ...)."""
-        x = _add_projected(x, found.reshape(x.size(0), -1), layer.out)
+        x = add_projected(x, found.reshape(x.size(0), -1), layer.out)
         y = torch.rms_norm(x, layer.mlp_norm.shape, layer.mlp_norm, self.eps)
         gate, up = _project(y, layer.gate_up).chunk(2, -1)
-        return _add_projected(x, functional.silu(gate).mul_(up), layer.down)
+        return add_projected(x, functional.silu(gate).mul_(up), layer.down)
 
     def _rotation(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (N, 1, D) at positions below ``length``, half of the sines negative."""
@@ -245,29 +172,14 @@ def why_not_fast(model: Any) -> Optional[str]:
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES:
         return f"model type {getattr(config, 'model_type', None)}"
-    if not type(model).__name__.endswith("ForCausalLM"):
-        return f"class {type(model).__name__}"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act}"
-    if getattr(model.get_input_embeddings().weight, "device", None) != model.device:
-        return "weights on several devices"
-    for name, module in model.named_modules():
-        # LoRA, quantisation and the like put modules of their own in place of linear layers.
-        leaf = name.rsplit(".", 1)[-1]
-        if (leaf.endswith("_proj") or leaf == "lm_head") and type(module) is not torch.nn.Linear:
-            return f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"hooks on {name or 'the model'}"
-    return None
-
-
-def _weights(linear: torch.nn.Linear) -> tuple[Tensor, Optional[Tensor]]:
-    return linear.weight, linear.bias
+    return why_not_as_stored(model, lambda name: name.endswith("_proj") or name == "lm_head")
 
 
 def _side_by_side(linears: Sequence[torch.nn.Linear], fuse: bool) -> list:
     """(weight, bias) of each of several projections of one input, or of all of them as one."""
-    parts = [_weights(linear) for linear in linears]
+    parts = [weights_of(linear) for linear in linears]
     if not fuse:
         return parts
     weights, biases = zip(*parts)
@@ -288,10 +200,3 @@ def _project(x: Tensor, parts: list) -> Tensor:
     if len(parts) == 1:
         return functional.linear(x, *parts[0])
     return torch.cat([functional.linear(x, *part) for part in parts], dim=-1)
-
-
-def _add_projected(x: Tensor, y: Tensor, part: tuple) -> Tensor:
-    """x + y W^T (+ b)."""
-    weight, bias = part
-    x = torch.addmm(x, y, weight.t())
-    return x if bias is None else x.add_(bias)

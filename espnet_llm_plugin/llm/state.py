@@ -22,7 +22,8 @@ import torch
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.llm.cache_check import why_not_equal, why_not_pooled
 from espnet_llm_plugin.llm.context import context_of, kept
-from espnet_llm_plugin.llm.fast_llama import FastLlama, why_not_fast
+from espnet_llm_plugin.llm.fast import fast_decoder, why_not_fast
+from espnet_llm_plugin.llm.fast_decoder import FastDecoder
 from espnet_llm_plugin.llm.kv_pool import KVPool, pooled_cache
 from espnet_llm_plugin.llm.prefix_state import PrefixState
 
@@ -35,7 +36,7 @@ class PrefixLM:
 
     Args:
         model: A Hugging Face causal LM. Its weights must not change while states are in use.
-            LLaMA-like ones run by :class:`~espnet_llm_plugin.llm.fast_llama.FastLlama`.
+            Some run by a :class:`~espnet_llm_plugin.llm.fast_decoder.FastDecoder`.
         use_cache: ``None`` decides by the model: families whose past is not a list of keys and
             values per token (state-space layers, chunked attention, layers that share keys) are
             recomputed from the tokens of the prefix, which is slow but right. A small numeric
@@ -64,7 +65,7 @@ class PrefixLM:
         self.num_token_forwards = 0
         self.num_forwards = 0
         self.uses_cache = True if use_cache is None else use_cache
-        self._fast: Optional[FastLlama] = None
+        self._fast: Optional[FastDecoder] = None
         if use_cache is None:
             self._fast = self._checked_fast()
             reason = why_not_pooled(self.config)
@@ -379,12 +380,12 @@ class PrefixLM:
         last = torch.arange(len(rows), device=device)
         return logits[last, lengths - 1].float(), new_states
 
-    def _checked_fast(self) -> Optional[FastLlama]:
+    def _checked_fast(self) -> Optional[FastDecoder]:
         """The lean forward of the model, if there is one and it computes the same."""
         if why_not_fast(self.model) or why_not_pooled(self.config):
             return None
         try:
-            self._fast = FastLlama(self.model)
+            self._fast = fast_decoder(self.model)
             reason = why_not_equal(self)
         except Exception as error:  # whatever it is, the model's own forward remains
             reason = f"{type(error).__name__}: {error}"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from espnet_llm_plugin.errors import UserError
-from espnet_llm_plugin.llm.fast_llama import FastLlama, why_not_fast
+from espnet_llm_plugin.llm.fast import fast_decoder, why_not_fast
+from espnet_llm_plugin.llm.fast_decoder import FastDecoder
 from espnet_llm_plugin.options import refuse_unknown
 from espnet_llm_plugin.speech_llm.attention import check_read, installed, why_no_reading
 from espnet_llm_plugin.speech_llm.llm_parts import llm_logits, llm_outputs
@@ -86,7 +87,7 @@ class Interface(torch.nn.Module, ABC):
         self._llm = (llm,)  # in a tuple: no submodule
         # Of the model that `start` has seen: itself, and its fast steps if it has any.
         self._checked: tuple[Any, ...] = ()
-        self._fast: tuple[FastLlama, ...] = ()
+        self._fast: tuple[FastDecoder, ...] = ()
 
     @property
     def llm(self) -> Any:
@@ -221,7 +222,7 @@ class Interface(torch.nn.Module, ABC):
         check_read(model, step)
         return llm_logits(model, outputs[:, 0]), step.state()
 
-    def _fast_step(self, fast: FastLlama, tokens: Tensor, step: Step) -> Tensor:
+    def _fast_step(self, fast: FastDecoder, tokens: Tensor, step: Step) -> Tensor:
         heads = [fast.heads, fast.kv_heads, fast.kv_heads]
         return fast.forward(
             tokens,
@@ -247,7 +248,7 @@ class Interface(torch.nn.Module, ABC):
         self._fast = ()
         reason = why_no_reading(model.config)
         if reason is None and self._only_attention and why_not_fast(model) is None:
-            self._fast = (FastLlama(model),)
+            self._fast = (fast_decoder(model),)
             if self._difference(model, device) is None:
                 return None
             self._fast = ()

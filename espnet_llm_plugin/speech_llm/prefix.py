@@ -35,8 +35,8 @@ MASKS = ("causal", "bidirectional")
 class PrefixInterface(Interface):
     """Audio embeddings stand where token embeddings could [arXiv 2307.11795; PLLM of 2603.15045].
 
-    Takes any causal LM. One that cannot share keys and values (sliding windows, ALiBi) is
-    recomputed from the audio on at every step, which is slow.
+    Takes any causal LM. One that cannot share keys and values (sliding windows, ALiBi unless it is
+    BLOOM's) is recomputed from the audio on at every step, which is slow.
 
     Args:
         llm: See :class:`Interface`.
@@ -86,7 +86,8 @@ class PrefixInterface(Interface):
         return torch.stack(reading.mass, dim=1)
 
     def _start(self, audio, audio_lengths, before, after, soft=None):
-        if not self._shares:
+        model = self.llm.model(audio.device)
+        if not self._shares or (model.training and any(fast.alone for fast in self._fast)):
             number = len(before) + len(after) + (0 if soft is None else soft.size(1))
             lengths = audio_lengths.to(audio.device) + number
             rows = torch.arange(len(audio), device=audio.device)
@@ -101,7 +102,7 @@ class PrefixInterface(Interface):
         seen = length_mask(sequence.lengths, columns)
         if self.padding == "left":
             seen = ~length_mask(sequence.first, columns)
-        model, masked = self.llm.model(audio.device), self._masked(sequence, lengths, soft)
+        masked = self._masked(sequence, lengths, soft)
         if columns and self._fast and not model.training:
             rows = Packed(keys, seen, masked.get("mask"))
             self._fast[0].fill(

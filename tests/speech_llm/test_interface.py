@@ -52,6 +52,31 @@ class TestSparseCrossAttention(InterfaceContract):
         return randomize(build_interface("cross_attention", llm, {"every": 2, "heads": 2}))
 
 
+class TestBloomPrefix(InterfaceContract):
+    """ALiBi: keys carry their positions."""
+
+    sees_all_audio = False
+
+    @pytest.fixture
+    def interface(self):
+        llm = held("bloom", hidden_dropout=0.0)
+        llm.context = 64  # of its training; it would take any number
+        return build_interface("prefix", llm).eval()
+
+    def test_keys_are_shared(self, interface, batch, caplog):
+        assert isinstance(interface.start(*batch[:2]), SpeechState)
+        assert not caplog.messages
+
+    def test_dropout_of_training_is_the_models_own(self, batch):
+        interface = build_interface("prefix", held("bloom", hidden_dropout=0.5)).eval()
+        interface.start(*batch[:2])
+        interface.llm.model().train()
+        state = interface.start(*batch[:2])
+        assert not isinstance(state, SpeechState)
+        logits, _ = interface.step(batch[2][:, 0], state)
+        assert torch.isfinite(logits).all()
+
+
 class TestRecomputedPrefix(InterfaceContract):
     """Attention windows: columns are not all that a hypothesis must know."""
 
