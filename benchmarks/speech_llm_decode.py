@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Decoding with an LLM that reads audio: ours against transformers' generate and ESPnet's path.
 
-All have the same LLaMA (random weights, or --llm DIR), the same audio embeddings of utterances of
-different lengths, and write the same number of tokens, so that the work is equal; whether the
-tokens are the same is a column. With --ends together all utterances of a batch end at once; with
+All have the same LLM (random weights of a --family, or --llm DIR), the same audio embeddings of
+utterances of different lengths, and write the same number of tokens, so that the work is equal;
+whether the tokens are the same is a column. With --ends together all utterances of a batch end at once; with
 --ends apart (greedy only) each has as many tokens as fit its length, as transcripts have.
 
 * ours: the label-synchronous search over the `prefix` interface; the audio is read once.
@@ -35,24 +35,31 @@ ROWS = {
 
 
 def make_llm(directory: Path, args: argparse.Namespace) -> Path:
-    """A LLaMA with random weights and a tokenizer that nobody needs here."""
+    """An LLM with random weights and a tokenizer that nobody needs here."""
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    sizes = {
+        "llama": dict(
+            intermediate_size=4 * args.hidden * 2 // 3,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads or args.heads,
+            max_position_embeddings=2048,
+        ),
+        "bloom": dict(n_layer=args.layers, n_head=args.heads),
+    }
+    config = AutoConfig.for_model(
+        args.family,
         vocab_size=args.vocab,
         hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden * 2 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads or args.heads,
-        max_position_embeddings=2048,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=0,
+        **sizes[args.family],
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS}
     vocabulary.update({f"t{i}": i for i in range(3, args.vocab)})
     tokenizer = PreTrainedTokenizerFast(
@@ -278,7 +285,8 @@ def main(cmd: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--llm", help="directory of a LLaMA instead of random weights")
+    parser.add_argument("--llm", help="directory of an LLM instead of random weights")
+    parser.add_argument("--family", choices=["llama", "bloom"], default="llama")
     parser.add_argument("--vocab", type=int, default=5000)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)

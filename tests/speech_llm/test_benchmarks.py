@@ -28,13 +28,19 @@ def test_joint_search_needs_both_and_reductions_cost_nothing_here(benchmark):
 
 
 @pytest.mark.parametrize(
-    "beam, ends, wanted", [(1, "together", [5, 5]), (3, "together", [5, 5]), (1, "apart", [5, 3])]
+    "beam, ends, family, wanted",
+    [
+        (1, "together", "llama", [5, 5]),
+        (3, "together", "llama", [5, 5]),
+        (1, "apart", "llama", [5, 3]),
+        (3, "together", "bloom", [5, 5]),
+    ],
 )
-def test_all_searches_do_the_same_work(benchmark, tmp_path, beam, ends, wanted):
+def test_all_searches_do_the_same_work(benchmark, tmp_path, beam, ends, family, wanted):
     module = benchmark("speech_llm_decode")
     args = argparse.Namespace(
         vocab=40, hidden=16, layers=2, heads=2, kv_heads=1, audio=6, tokens=5,
-        batch=2, beam=beam, device="cpu", dtype="float32", ends=ends,
+        batch=2, beam=beam, device="cpu", dtype="float32", ends=ends, family=family,
     )  # fmt: skip
     llm = str(module.make_llm(tmp_path / "llm", args))
     expected = module.ours(llm, args)()
