@@ -4,7 +4,7 @@
 All have the same LLM (random weights of a --family, or --llm DIR), the same audio embeddings of
 utterances of different lengths, and write the same number of tokens, so that the work is equal;
 whether the tokens are the same is a column. With --ends together all utterances of a batch end at
-once; with --ends apart (greedy only) each has as many tokens as fit its length, as transcripts have.
+once; with --ends apart (greedy only) each has as many tokens as fit its length, like transcripts.
 
 * ours: the label-synchronous search over the `prefix` interface; the audio is read once.
 * generate: transformers, same batch and beam, left-padded embeddings and a mask.
