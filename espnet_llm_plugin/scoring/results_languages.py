@@ -18,19 +18,25 @@ def language_tables(results: Results, group: Optional[str]) -> list[Table]:
     """Of each test set with a table ``utt2lang``: WER and CER, letters and words of other scripts.
 
     Systems of one group are rows, languages columns; the last column is the mean over languages.
-    Over several seeds rates are means. What is known of no system is left out.
+    Over several seeds rates are means. What is known of no system is left out; languages that are
+    left out are named in the title.
     """
     tables = []
     for test, utt2lang in results.utt2lang.items():
         found: dict[str, dict[str, dict[str, float]]] = {}  # by kind, system, language
+        warnings: dict[str, dict[str, None]] = {}  # by kind
         for system in results.groups()[group]:
             if test in system.tests:
-                for kind, rates in _rates(system.tests[test], utt2lang).items():
+                for kind, (rates, lines) in _rates(system.tests[test], utt2lang).items():
                     found.setdefault(kind, {})[system.name] = rates
+                    warnings.setdefault(kind, {}).update(dict.fromkeys(lines))
         for kind, systems in found.items():
             languages = sorted({lang for rates in systems.values() for lang in rates})
+            if not languages:
+                continue
             rows = [[name, *_cells(rates, languages)] for name, rates in systems.items()]
-            tables.append((f"{test}: {kind}", ["system", *languages, MACRO], rows))
+            title = "; ".join([f"{test}: {kind}", *warnings[kind]])
+            tables.append((title, ["system", *languages, MACRO], rows))
     return tables
 
 
@@ -39,19 +45,23 @@ def _cells(rates: dict[str, float], languages: list[str]) -> list[str]:
     return [*cells, f"{statistics.fmean(rates.values()):.2f}"]
 
 
-def _rates(data: DataSet, utt2lang: str) -> dict[str, dict[str, float]]:
-    """Rates by kind and language, means over the directories (of the seeds)."""
+def _rates(data: DataSet, utt2lang: str) -> dict[str, tuple[dict[str, float], list[str]]]:
+    """Rates by kind and language, means over the directories (of the seeds); and warnings."""
     runs: dict[str, list[dict[str, float]]] = {}
+    warnings: dict[str, list[str]] = {}
     for directory in data.directories.values():
         for unit in (WER, CER):
             scores = score_languages(directory, utt2lang, unit=unit, resamples=1)
+            kind = f"{unit.upper()} in %"
+            warnings[kind] = scores.warnings()
             rates = {lang: score.rate for lang, score in scores.languages.items()}
-            runs.setdefault(f"{unit.upper()} in %", []).append(rates)
+            runs.setdefault(kind, []).append(rates)
         scripts = score_scripts(directory, utt2lang)
-        if scripts is not None:
-            runs.setdefault(LETTERS, []).append({k: s.foreign_rate for k, s in scripts.items()})
-            runs.setdefault(WORDS, []).append({k: s.switch_rate for k, s in scripts.items()})
-    return {kind: _means(every) for kind, every in runs.items()}
+        for kind, rate in ((LETTERS, "foreign_rate"), (WORDS, "switch_rate")):
+            warnings[kind] = scripts.warnings()
+            rates = {lang: getattr(score, rate) for lang, score in scripts.languages.items()}
+            runs.setdefault(kind, []).append(rates)
+    return {kind: (_means(every), warnings[kind]) for kind, every in runs.items()}
 
 
 def identification_tables(results: Results, group: Optional[str]) -> list[Table]:

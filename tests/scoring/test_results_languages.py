@@ -56,6 +56,21 @@ def test_means_over_seeds(place):
     assert rows(page, "CER in %")[2][2] == "0.00"
 
 
+def test_languages_that_are_left_out_are_named(place):
+    """The other languages stay as they were."""
+    (place / "utt2lang").write_text("u1 hi\nu2 zz\nu3 hi\n")
+    main(["--config", "results.yaml", "--output", "RESULTS.md", "--resamples", "10"])
+    page = (place / "RESULTS.md").read_text("utf-8")
+    assert rows(page, "WER in %")[0] == ["system", "hi", "zz", "macro average"]
+    title = "test: letters of other scripts in %; language zz is left out of tables of scripts: "
+    lines = page.split(title)[1].splitlines()
+    assert lines[2] == "|system|hi|macro average|"
+    assert lines[4] == f"|A|{50 * 4 / 11:.2f}|{50 * 4 / 11:.2f}|"
+    (place / "utt2lang").write_text("u1 yy\nu2 zz\nu3 yy\n")
+    main(["--config", "results.yaml", "--output", "RESULTS.md", "--resamples", "10"])
+    assert "of other scripts in %" not in (place / "RESULTS.md").read_text("utf-8")
+
+
 def test_language_identification(place):
     """A mean over the runs that have it, by language; without a table utt2lang too."""
     for name, predicted in (("a1", "hi ur hi"), ("a2", "hi hi ta"), ("b1", None)):
