@@ -14,9 +14,9 @@ import sys
 import torch
 from measuring import compare, serve
 
-# (B, T, U+1, V) tensors alive at the peak of the joint written out: logits, the loss's gradient,
-# and what they are converted to. Only decides what is not attempted.
-FULL_TENSORS = 3
+# (B, T, U+1, V) tensors alive at the peak of the joint written out, as measured: logits and the
+# loss's gradient. Only decides what is not attempted.
+FULL_TENSORS = 2
 ROWS = {
     "full": "dense joint written out, torchaudio's loss",
     "dense": "dense joint, ours",

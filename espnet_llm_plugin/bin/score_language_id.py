@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.errors import UserError, run_cli
-from espnet_llm_plugin.scoring.language_id import confusion_table, score_language_id
+from espnet_llm_plugin.scoring.language_id import NAME, confusion_table, score_language_id
 from espnet_llm_plugin.scoring.table import markdown, plain
 
 
@@ -21,7 +21,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hyp", required=True, help="the predicted ones: lang_predicted of a decoding directory"
     )
-    parser.add_argument("--output_dir", help="directory for language_id.json and language_id.md")
+    parser.add_argument("--output_dir", help=f"directory for {NAME} and language_id.md")
     return parser
 
 
@@ -36,7 +36,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     scores = score_language_id(references, hypotheses)
     table = confusion_table(scores)
     if args.output_dir:
-        with atomic_write(Path(args.output_dir) / "language_id.json") as stream:
+        with atomic_write(Path(args.output_dir) / NAME) as stream:
             json.dump(scores.as_dict(), stream, indent=1, ensure_ascii=False)
             stream.write("\n")
         with atomic_write(Path(args.output_dir) / "language_id.md") as stream:

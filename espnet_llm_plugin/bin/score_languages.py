@@ -1,11 +1,12 @@
 """Error rates by language of scored test sets, with their macro average, and scripts.
 
 Of languages whose script is known also letters of other scripts, and words that were recognised in
-another script.
+another script. Languages that are left out are named.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -58,19 +59,22 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     }
     tables = [comparison(rows) for rows in scored.values()]
     scripts = {d: score_scripts(d, args.utt2lang) for d in args.directories}
-    if None not in scripts.values():
-        tables += script_tables(scripts)
+    if all(found.languages for found in scripts.values()):
+        tables += script_tables({d: found.languages for d, found in scripts.items()})
     for index, directory in enumerate(args.directories):
         with atomic_write(Path(directory) / NAME) as stream:
             by_unit = {unit: rows[index].as_dict() for unit, rows in scored.items()}
-            if scripts[directory] is not None:
-                found = scripts[directory].items()
+            if scripts[directory].languages:
+                found = scripts[directory].languages.items()
                 by_unit["scripts"] = {lang: score.as_dict() for lang, score in found}
             json.dump(by_unit, stream, indent=1, ensure_ascii=False)
             stream.write("\n")
     if args.output:
         with atomic_write(args.output) as stream:
             stream.write("\n".join(markdown(*table) for table in tables))
+    results = [*(row for rows in scored.values() for row in rows), *scripts.values()]
+    for warning in dict.fromkeys(line for found in results for line in found.warnings()):
+        print(f"warning: {warning}", file=sys.stderr)
     print("\n".join(plain(*table) for table in tables), end="")
 
 

@@ -45,8 +45,9 @@ def resolve_llm(name_or_dir: Union[str, Path]) -> Path:
     """Directory that holds the LLM called ``name_or_dir``.
 
     Args:
-        name_or_dir: A directory, or a hub id such as ``Qwen/Qwen2.5-0.5B``. What looks like a path
-            never goes to the network.
+        name_or_dir: A directory, the ``config.json`` in it (ESPnet's packed models can name files
+            only), or a hub id such as ``Qwen/Qwen2.5-0.5B``. What looks like a path never goes to
+            the network.
 
     Raises:
         UserError: No such directory; an unknown, inaccessible or (offline) uncached hub id.
@@ -55,6 +56,8 @@ def resolve_llm(name_or_dir: Union[str, Path]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and path.name == "config.json":
+        return path.parent
     if path.exists():
         raise UserError(
             f"LLM {name} is a file; expected the directory that holds config.json and the weights."

@@ -8,6 +8,7 @@ from espnet_llm_plugin.data.language_codes import UNKNOWN
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.trn import name_some
 
+NAME = "language_id.json"  # in a scored directory
 NOTHING = "none"  # of an utterance that could not be decoded
 
 

@@ -5,7 +5,7 @@ scored again. The macro average is the mean of the languages' error rates, as th
 it: every language counts the same, however many words its test set has.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence, Union
 
@@ -45,6 +45,7 @@ class LanguageScores:
     directory: str
     unit: str  # wer, cer, ter or ger
     languages: dict[str, LanguageScore]
+    without_words: dict[str, int] = field(default_factory=dict)  # errors of languages left out
 
     @property
     def macro(self) -> float:
@@ -53,9 +54,17 @@ class LanguageScores:
 
     @property
     def micro(self) -> float:
-        """Error rate of all utterances together."""
+        """Error rate of all utterances together, those of languages left out among them."""
         scores = self.languages.values()
-        return 100 * sum(s.errors for s in scores) / sum(s.words for s in scores)
+        errors = sum(s.errors for s in scores) + sum(self.without_words.values())
+        return 100 * errors / sum(s.words for s in scores)
+
+    def warnings(self) -> list[str]:
+        """What a reader must know, a line for each language that is left out."""
+        return [
+            f"language {name} is left out: its references have no word"
+            for name in self.without_words
+        ]
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -63,6 +72,7 @@ class LanguageScores:
             "directory": self.directory,
             "macro": self.macro,
             "micro": self.micro,
+            "without_words": self.without_words,
             "languages": {
                 name: {**vars(score), "rate": score.rate} for name, score in self.languages.items()
             },
@@ -77,7 +87,7 @@ def score_languages(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> LanguageScores:
-    """Group the counts of a scored test set by language.
+    """Group the counts of a scored test set by language; languages without any word are left out.
 
     Args:
         directory: Scored decoding directory of a test set.
@@ -86,8 +96,7 @@ def score_languages(
         resamples, seed: Of the bootstrap, within each language.
 
     Raises:
-        UserError: The directory is not scored, an utterance has no language, or a language's
-            references have no word.
+        UserError: The directory is not scored, or an utterance has no language.
     """
     counted = count_graphemes(directory) if unit == GER else read_counts(directory, unit)
     table = read_clean_table(utt2lang)
@@ -97,17 +106,18 @@ def score_languages(
     groups: dict[str, list[str]] = {}
     for key in counted.words:
         groups.setdefault(table[key], []).append(key)
-    languages = {}
+    languages, without_words = {}, {}
     for language, keys in sorted(groups.items()):
         words = np.array([counted.words[key] for key in keys])
         errors = np.array([counted.errors[key] for key in keys])
         if not words.sum():
-            raise UserError(f"the references of language '{language}' have no word")
+            without_words[language] = int(errors.sum())
+            continue
         low, high = error_rate_interval(errors, words, resamples=resamples, seed=seed)
         languages[language] = LanguageScore(
             len(keys), int(words.sum()), int(errors.sum()), low, high
         )
-    return LanguageScores(str(directory), unit, languages)
+    return LanguageScores(str(directory), unit, languages, without_words)
 
 
 def comparison(rows: Sequence[LanguageScores]) -> tuple[list[str], list[list[str]]]:

@@ -35,7 +35,8 @@
         group: 5 epochs                     # optional: a table for each group, comparisons inside
         command: ./run.sh --rows rnnt       # optional: how this system was made
 
-A scored directory is the ``--output_dir`` of ``espnet_llm_plugin.bin.score``. Paths are relative
+A scored directory is the ``--output_dir`` of ``espnet_llm_plugin.bin.score``; what
+``bin.score_language_id`` writes there makes a table of language identification. Paths are relative
 to the working directory.
 """
 

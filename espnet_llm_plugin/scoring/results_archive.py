@@ -2,8 +2,9 @@
 
 Models stay where they were trained. The archive, a tar.xz file, holds the small files that
 :func:`~espnet_llm_plugin.scoring.results.load_results` reads of every finished system (errors of
-each utterance, scales, times, perplexities), under their paths relative to the working directory.
-They are much alike from system to system, which xz, unlike zip, sees.
+each utterance, scales, times, perplexities, accuracy of predicted languages), under their paths
+relative to the working directory. They are much alike from system to system, which xz, unlike zip,
+sees.
 """
 
 import glob
@@ -18,6 +19,7 @@ import yaml
 from espnet_llm_plugin.data.atomic import atomic_write
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.scoring.evaluate import SCORES
+from espnet_llm_plugin.scoring.language_id import NAME as LANGUAGE_ID
 
 _FILES = ("scales", "dev_nll", "perplexity", "rtf", "time", "train_log")
 
@@ -104,6 +106,7 @@ def _files_of(system: dict, seed: str) -> Iterator[str]:
     for directory in directories:
         yield from glob.glob(f"{directory}/{SCORES}")
         yield from glob.glob(f"{directory}/score_*/utterances.tsv")
+        yield from glob.glob(f"{directory}/{LANGUAGE_ID}")
     for key in _FILES:
         values = system.get(key) or []
         for value in values if isinstance(values, list) else [values]:

@@ -14,7 +14,7 @@ from espnet_llm_plugin import __version__
 from espnet_llm_plugin.scoring.diagnose import PAGE as DIAGNOSIS
 from espnet_llm_plugin.scoring.report import percentage_cells
 from espnet_llm_plugin.scoring.results import DataSet, Results, System, load_data_set
-from espnet_llm_plugin.scoring.results_languages import language_tables
+from espnet_llm_plugin.scoring.results_languages import identification_tables, language_tables
 from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.units import CER, TER, WER
 
@@ -113,7 +113,7 @@ def summarize(results: Results, resamples: int, seed: int) -> Summary:
     tables = []
     for group in results.groups():
         tables.append(("" if group is None else f"### {group}", *comparison(results, group)))
-        tables += language_tables(results, group)
+        tables += language_tables(results, group) + identification_tables(results, group)
         header, rows = training(results, group)
         if rows:
             tables.append(("The validation set after the last epoch of training", header, rows))

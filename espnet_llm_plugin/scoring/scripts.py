@@ -10,7 +10,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Union
 
 from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.data.scripts import SCRIPT_OF_LANGUAGE, script_of, word_script
@@ -74,17 +74,28 @@ class ScriptScore:
         return {**vars(self), **{name: getattr(self, name) for name in rates}}
 
 
-def score_scripts(
-    directory: Union[str, Path], utt2lang: Union[str, Path]
-) -> Optional[dict[str, ScriptScore]]:
-    """Counts by language, of languages in alphabetical order.
+@dataclass(frozen=True)
+class ScriptScores:
+    """Of one scored test set."""
+
+    languages: dict[str, ScriptScore]  # in alphabetical order
+    unknown: list[str]  # languages whose script is not known here: they are left out
+
+    def warnings(self) -> list[str]:
+        """What a reader must know, a line for each language that is left out."""
+        return [
+            f"language {name} is left out of tables of scripts: its script is not in "
+            "data/scripts.py"
+            for name in self.unknown
+        ]
+
+
+def score_scripts(directory: Union[str, Path], utt2lang: Union[str, Path]) -> ScriptScores:
+    """Counts by language.
 
     Args:
         directory: Scored decoding directory of a test set.
         utt2lang: Table ``<utterance> <language>``; may have more utterances.
-
-    Returns:
-        ``None`` if the script of one of the languages is not known here.
 
     Raises:
         UserError: The directory is not scored, or an utterance has no language.
@@ -95,12 +106,12 @@ def score_scripts(
     if missing:
         raise UserError(f"{utt2lang} has no language for {name_some(missing)} of {directory}")
     languages = sorted({table[key] for key in scored})
-    if any(lang not in SCRIPT_OF_LANGUAGE for lang in languages):
-        return None
-    scores = {lang: ScriptScore(SCRIPT_OF_LANGUAGE[lang]) for lang in languages}
+    known = [lang for lang in languages if lang in SCRIPT_OF_LANGUAGE]
+    scores = {lang: ScriptScore(SCRIPT_OF_LANGUAGE[lang]) for lang in known}
     for key, (reference, hypothesis) in scored.items():
-        scores[table[key]].add(reference, hypothesis)
-    return scores
+        if table[key] in scores:
+            scores[table[key]].add(reference, hypothesis)
+    return ScriptScores(scores, [lang for lang in languages if lang not in scores])
 
 
 def script_tables(
@@ -111,7 +122,8 @@ def script_tables(
     The first has a row of the references before the systems. ``mean``: over the languages.
 
     Args:
-        rows: By directory, what :func:`score_scripts` found; the same languages in each.
+        rows: By directory, ``languages`` of what :func:`score_scripts` found; the same in each, at
+            least one.
     """
     first = next(iter(rows.values()))
     header = [*first, "mean"]

@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     text: Tensor  # (B, U) token ids, padded with EOS
     text_lengths: Tensor  # (B,)
     languages: Optional[Tensor] = None  # (B,) numbers
+    names: Optional[list[str]] = None  # of the utterances
 
     def select(self, rows: Tensor) -> "Batch":
         """The utterances at ``rows`` (K,), in that order."""
@@ -55,6 +56,7 @@ class Batch(NamedTuple):
             self.text[rows, : int(text_lengths.max())],
             text_lengths,
             None if self.languages is None else self.languages[rows],
+            None if self.names is None else [self.names[row] for row in rows.tolist()],
         )
 
 
@@ -78,7 +80,8 @@ class SpeechLLMModel(ShortUtterances):
         text_mask: fraction F of the input tokens that are hidden in training.
         text_mask_token: what replaces them; by default the unknown token.
         shuffled_audio: in validation, score each transcript with another utterance's audio too.
-        report_wer_utts: in validation, so many utterances are decoded greedily.
+        report_wer_utts: in validation, so many utterances are decoded greedily. A hash of their
+            names chooses them, not their length; they are the same in every epoch.
         language_weight: weight of the cross-entropy of the predicted language, of a decoder with
             ``language_prediction`` (default: 0.1).
         train_languages: codes; the soft prompts of these languages (and their rows of the language
@@ -94,7 +97,8 @@ class SpeechLLMModel(ShortUtterances):
     validation ``shuffled_gap``: nats per token by which another utterance's audio is worse than its
     own. Near 0 the LLM ignores the audio, however low the loss; above 2 it relies on it. With
     ``report_wer_utts`` ``wer_llm`` and ``cer_llm``, greedily and without any CTC, and the same of
-    each CTC and auxiliary loss: ``wer_<name>``, ``cer_<name>``.
+    each CTC and auxiliary loss: ``wer_<name>``, ``cer_<name>``; their means over a validation are
+    the error rates of the chosen utterances together, those of single batches mean nothing.
     """
 
     def __init__(
@@ -258,6 +262,7 @@ class SpeechLLMModel(ShortUtterances):
             loss = loss + self._language_loss(batch, stats)
         if self._scores_shuffled_audio():
             stats["shuffled_gap"] = self._shuffled_gap(batch, ce)
+        weight = float(ce.normalizer(self.length_normalized_loss))
         if self.training:
             self._error_rates.restart()
         elif self._error_rates.utterances:
@@ -267,10 +272,11 @@ class SpeechLLMModel(ShortUtterances):
                 batch.text,
                 batch.text_lengths,
                 self._decoded_heads(taps),
+                batch.names,
+                weight,
             )
         stats["loss"] = loss.detach()
-        weight = ce.normalizer(self.length_normalized_loss)
-        return force_gatherable((loss, stats, float(weight)), loss.device)
+        return force_gatherable((loss, stats, weight), loss.device)
 
     def _stat_names(self) -> list[str]:
         names = ["loss_ce", "ce_per_token", "acc", "num_skipped"]
@@ -368,7 +374,8 @@ class SpeechLLMModel(ShortUtterances):
         text = text.to(device)[:, : int(text_lengths.max())]
         inside = torch.arange(text.shape[1], device=device) < text_lengths[:, None]
         text = text.masked_fill(~inside, self.eos)
-        whole = Batch(encoder_out, frame_lengths, audio, text, text_lengths, languages)
+        names = None if utt_ids is None else list(utt_ids)
+        whole = Batch(encoder_out, frame_lengths, audio, text, text_lengths, languages, names)
         batch = whole.select(rows)
         self._check_text(batch.text)
         return batch, skipped

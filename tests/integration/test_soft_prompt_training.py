@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,19 +165,21 @@ def test_decoding(data, utt2lang, trained, tmp_path, capsys):
         assert used == (CODES[i % 2] if i != 3 else "unk")
 
 
-def test_packed_model(data, utt2lang, trained, tmp_path):
+def test_packed_model(data, utt2lang, trained, tmp_path, monkeypatch):
     """What ESPnet packs is unpacked elsewhere and decodes to the same."""
     from espnet2.bin import pack
     from espnet2.main_funcs.pack_funcs import unpack
 
+    monkeypatch.chdir(trained)  # ESPnet unpacks only what was packed by relative paths
     pack.main(
         [
-            *("asr", "--asr_train_config", str(trained / "config.yaml")),
-            *("--asr_model_file", str(trained / "valid.loss.ave.pth")),
+            *("asr", "--asr_train_config", "config.yaml"),
+            *("--asr_model_file", "valid.loss.ave.pth"),
             *("--outpath", str(tmp_path / "model.zip")),
         ]
     )
     files = unpack(tmp_path / "model.zip", tmp_path / "unpacked")
+    assert all(tmp_path in Path(file).parents for file in files.values())
     results = []
     for name, config, model in (
         ("before", trained / "config.yaml", trained / "valid.loss.ave.pth"),

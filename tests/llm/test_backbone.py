@@ -147,7 +147,11 @@ class TestHub:
 class TestBadDirectories:
     def test_file(self, llama):
         with pytest.raises(UserError, match="is a file; expected the directory"):
-            FrozenLLM(llama / "config.json")
+            FrozenLLM(llama / "model.safetensors")
+
+    def test_its_config_stands_for_a_directory(self, llama):
+        """ESPnet's unpack gives files their new places, not directories."""
+        assert FrozenLLM(llama / "config.json").directory == llama
 
     def test_empty_directory(self, tmp_path):
         with pytest.raises(UserError, match="has no config.json"):

@@ -84,12 +84,22 @@ def test_errors(scored):
         by_language(scored)
 
 
-def test_a_language_without_words(scored):
-    (scored / "text").write_text("u1 a\nu2 b\nu3\n")
+def test_only_the_language_without_words_is_left_out(scored, capsys):
+    before = by_language(scored).languages["de"]
+    (scored / "text").write_text("u1 a b c\nu2 d e\nu3\n")
     arguments = ["--ref", f"{scored}/text", "--hyp", f"{scored}/hyp", "--resamples", "10"]
     score.main([*arguments, "--output_dir", f"{scored}/empty", "--allow_empty_ref"])
-    with pytest.raises(UserError, match="the references of language 'pl' have no word"):
-        by_language(scored, "empty")
+    scores = by_language(scored, "empty")
+    assert scores.languages == {"de": before} and scores.macro == 40.0
+    # its two insertions are errors of the whole set
+    whole = json.loads((scored / "empty/scores.json").read_text())["wer"]
+    assert scores.without_words == {"pl": 2} and scores.micro == pytest.approx(whole["rate"]) == 80
+    capsys.readouterr()
+    options = ["--utt2lang", str(scored / "utt2lang"), "--resamples", "10"]
+    score_languages.main([str(scored / "empty"), *options])
+    printed = capsys.readouterr()
+    assert printed.out.split()[:4] == ["WER", "in", "%", "de"]
+    assert "warning: language pl is left out: its references have no word\n" in printed.err
 
 
 def test_systems_of_different_languages_are_not_compared(scored):

@@ -8,6 +8,7 @@ import pytest
 
 from espnet_llm_plugin.bin.results_archive import main
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.scoring.language_id import score_language_id
 from espnet_llm_plugin.scoring.results import load_results
 from espnet_llm_plugin.scoring.results_archive import collect, restore
 from espnet_llm_plugin.scoring.results_page import results_markdown, summarize
@@ -27,6 +28,7 @@ systems:
     test: exp/s{seed}/strong/test
     perplexity: exp/lm/perplexity.json
 """
+LANGUAGES = {"a": "de", "b": "de", "c": "fr", "d": "en"}
 
 
 def make(directory, seed, system, wrong):
@@ -42,6 +44,10 @@ def make(directory, seed, system, wrong):
         path = directory / "exp" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
+    if system == "strong":
+        scores = score_language_id(LANGUAGES, {**LANGUAGES, **dict.fromkeys("abc"[:seed], "en")})
+        language_id = directory / f"exp/s{seed}/{system}/test/language_id.json"
+        language_id.write_text(json.dumps(scores.as_dict()))
     (directory / f"exp/s{seed}/{system}/model.pth").write_bytes(b"large")
     (directory / "results.yaml").write_text(CONFIG)
 
@@ -72,9 +78,29 @@ def test_two_places_give_the_table_of_one(tmp_path, monkeypatch, whole, capsys):
     make(there, 2, "strong", 12)
     monkeypatch.chdir(there)
     main(["--archive", "../archive.tar.xz", "--restore"])
-    assert "../archive.tar.xz: 9 files restored" in capsys.readouterr().out
+    assert "../archive.tar.xz: 10 files restored" in capsys.readouterr().out
     assert page() == whole
+    # one German utterance is wrong in the first run, both in the second
+    assert "|strong|25.00|100.00|100.00|75.00|62.50|" in whole
     assert not list(there.glob("exp/s1/**/*.pth"))
+
+
+def test_an_archive_without_predicted_languages(tmp_path, monkeypatch, whole):
+    """As archives were before: no such table, and all others as they are."""
+    for seed in (1, 2):
+        for system, wrong in (("weak", 20 + seed), ("strong", 10 + seed)):
+            make(tmp_path, seed, system, wrong)
+    for path in tmp_path.rglob("language_id.json"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    collect("results.yaml", "a.tar.xz")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "results.yaml").write_text(CONFIG)
+    monkeypatch.chdir(there)
+    restore("../a.tar.xz")
+    before, after = whole.split("test: language identification, correct utterances in %\n\n")
+    assert page() == before + after.split("\n\n", 1)[1]
 
 
 def test_what_is_here_is_newer(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def scored(tmp_path):
 
 
 def test_counts(scored):
-    scores = score_scripts(scored / "out", scored / "utt2lang")
+    scores = score_scripts(scored / "out", scored / "utt2lang").languages
     hindi, urdu = scores["hi"], scores["ur"]
     # letters with their marks: मेरा 4, है 2, कहाँ 4, है 2; doctor 6, گھر 3, phone 5, the 3
     assert (hindi.letters, hindi.foreign) == (12 + 17, 17)
@@ -39,7 +39,7 @@ def test_counts(scored):
 
 
 def test_tables(scored):
-    scores = score_scripts(scored / "out", scored / "utt2lang")
+    scores = score_scripts(scored / "out", scored / "utt2lang").languages
     letters, words = script_tables({"A": scores, "B": scores})
     assert letters[0] == ["letters of other scripts in %", "hi", "ur", "mean"]
     assert letters[1][0] == ["references", "20.00", "0.00", "10.00"]
@@ -52,7 +52,7 @@ def test_words_without_letters_are_not_switched(tmp_path, scored):
     files = ["--ref", f"{tmp_path}/text", "--hyp", f"{tmp_path}/hyp", "--resamples", "10"]
     score.main([*files, "--output_dir", f"{tmp_path}/out"])
     scores = score_scripts(scored / "out", scored / "utt2lang")
-    assert scores["hi"].switched == 0
+    assert scores.languages["hi"].switched == 0
 
 
 def test_graphemes():
@@ -93,11 +93,27 @@ def test_command_line(scored, capsys):
     assert stored["scripts"]["hi"]["foreign_rate"] == pytest.approx(100 * 17 / 29)
 
 
-def test_unknown_scripts_are_left_out(scored, capsys):
+def test_only_the_language_of_an_unknown_script_is_left_out(scored, capsys):
+    before = score_scripts(scored / "out", scored / "utt2lang").languages
     (scored / "utt2lang").write_text("u1 hi\nu2 zz\nu3 ur\n")
-    assert score_scripts(scored / "out", scored / "utt2lang") is None
-    score_languages.main([f"{scored}/out", "--utt2lang", f"{scored}/utt2lang", "--resamples", "9"])
-    assert "letters of other scripts" not in capsys.readouterr().out
+    scores = score_scripts(scored / "out", scored / "utt2lang")
+    assert scores.unknown == ["zz"] and list(scores.languages) == ["hi", "ur"]
+    assert scores.languages["ur"] == before["ur"] and scores.languages["hi"].words == 4
+    command = [f"{scored}/out", "--utt2lang", f"{scored}/utt2lang", "--resamples", "9"]
+    score_languages.main(command)
+    printed = capsys.readouterr()
+    heads = [line.split() for line in printed.out.splitlines() if "of other scripts" in line]
+    assert heads == [["letters", "of", "other", "scripts", "in", "%", "hi", "ur", "mean"]]
+    warning = "warning: language zz is left out of tables of scripts: its script is not in"
+    assert printed.err.count(warning) == 1 and printed.err.count("warning") == 1
+    assert list(json.loads((scored / "out/languages.json").read_text())["scripts"]) == ["hi", "ur"]
+
+    (scored / "utt2lang").write_text("u1 zz\nu2 zz\nu3 yy\n")
+    score_languages.main(command)
+    printed = capsys.readouterr()
+    assert "letters of other scripts" not in printed.out
+    assert "language yy is left out" in printed.err and "language zz is left out" in printed.err
+    assert "scripts" not in json.loads((scored / "out/languages.json").read_text())
 
 
 def test_errors(scored):

@@ -27,7 +27,7 @@ def test_both_dense_joints_have_one_loss(module):
 
 
 def test_what_does_not_fit_is_said_with_its_size(module):
-    # 2 x 6 x 4 cells, 3 tensors of 4 bytes
+    # 2 x 6 x 4 cells, 2 tensors of 4 bytes
     rows = module.make_rows(options(module, "--vocab", "10", "1000", "--memory_limit_gb", "1e-4"))
     skipped = {row["vocab"]: row.get("skipped") for row in rows if row["kind"] == "full"}
     assert skipped == {10: None, 1000: "does not fit (about 0.0 GB)"}
