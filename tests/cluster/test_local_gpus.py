@@ -1,4 +1,4 @@
-"""Jobs of the recipes on the GPUs of this machine: which one each sees, and how many run at once."""
+"""Jobs of the recipes on the GPUs of this machine: which each sees, and how many run at once."""
 
 import os
 import subprocess
