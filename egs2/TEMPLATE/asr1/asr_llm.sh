@@ -895,7 +895,8 @@ if runs 13; then
             report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
             weak=${asr_exp}/decode                               # the same model with its own LM
             [ ! -f "${report}" ] || inputs+=" --vocabulary_report ${report}"
-            if [ -f "${weak}/${first}/scores.json" ]; then
+            # Scales as trained are what the page of the tuned ones compares with.
+            if [ -f "${weak}/${first}/scores.json" ] && [[ ${inference_tag} != *_as_trained ]]; then
                 inputs+=" --weak ${weak}/${first}"
                 [ ! -f "${weak}/nll/nll.json" ] || inputs+=" --weak_nll ${weak}/nll/nll.json"
                 [ ! -f "${decode_dir}_as_trained/${first}/scores.json" ] ||
