@@ -735,10 +735,9 @@ fi
 
 asr_model_args="--asr_train_config ${asr_exp}/config.yaml
     --asr_model_file ${asr_exp}/${inference_asr_model}"
-if [ -n "${swap_llm}" ]; then
-    asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
-    asr_model_args+=" --predictor_conf dtype=${swap_dtype}"
-fi
+swap_conf=""
+[ "${swap_dtype}" = float32 ] || swap_conf=" --predictor_conf dtype=${swap_dtype}" # not the default
+[ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}${swap_conf}"
 model_args=${asr_model_args}
 lm_files=""
 if [ "${fuse_lm}" = true ]; then
@@ -761,14 +760,12 @@ configured() { # key: its value in the configurations of decoding and tuning
     done | tail -n 1
 }
 decode_mark() {
-    local fused ngram dtype # an LLM in its own vocabulary; what stands in for it
+    local fused ngram # an LLM in its own vocabulary; what stands in for it
     fused=$(configured fusion_llm)
     ngram=$(configured fusion_ngram)
     [ ! -f "${ngram}" ] || ngram=$(cksum < "${ngram}")
-    dtype=""
-    [ -z "${swap_llm}" ] || dtype=${swap_dtype#float32} # what decodings without this option had
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
-        "${lm_files}" "${lm_exp}/.done" "${swap_llm}${dtype}" \
+        "${lm_files}" "${lm_exp}/.done" "${swap_llm:+${swap_llm}${swap_conf}}" \
         "$(llm_mark "${swap_llm}")$(llm_mark "${fused}")${ngram}" \
         "${tune_config}" "${tune_tool}${decode_lang}" "$@"
 }
