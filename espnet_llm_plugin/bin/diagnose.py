@@ -37,6 +37,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="the first set, scored with the weak LM (tuned too, to be fair)",
     )
     group.add_argument("--untuned", metavar="DIR", help="the first set, scored before tuning")
+    group.add_argument(
+        "--swapped",
+        metavar="DIR",
+        help="of a model that was trained further after the swap, e.g. for minimum word error "
+        "rate: the first set, scored after tuning and before that training",
+    )
     group.add_argument("--weak_nll", metavar="FILE", help="nll.json with the weak LM")
     group = parser.add_argument_group("speech LLM")
     group.add_argument(

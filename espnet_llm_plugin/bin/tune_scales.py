@@ -44,8 +44,10 @@ def get_parser(
         default="INFO",
         choices=("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "NOTSET"),
     )
-    parser.add_argument("--ngpu", type=int, default=0, help="0: CPU; 1: one GPU, one process")
-    parser.add_argument("--nj", type=int, default=1, help="Processes (on the CPU)")
+    parser.add_argument("--ngpu", type=int, default=0, help="0: CPU; 1: GPUs, one a process")
+    parser.add_argument(
+        "--nj", type=int, default=1, help="Processes; on GPUs at most as many as are visible"
+    )
 
     group = parser.add_argument_group("Data")
     group.add_argument(

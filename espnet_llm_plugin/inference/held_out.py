@@ -1,7 +1,9 @@
 """Held-out utterances, and the model whose scales are tuned on them, in one process or several."""
 
 import argparse
+import logging
 import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ def read_references(args: argparse.Namespace) -> dict[str, str]:
         UserError: A bad option, a missing file, or an utterance without transcript.
     """
     if args.ngpu > 1:
-        raise UserError(f"--ngpu {args.ngpu}: tuning uses one GPU")
+        raise UserError(f"--ngpu {args.ngpu}: a process uses one GPU; give --nj for more of both")
     for name, what in (("nj", "process"), ("batch_size", "utterance")):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least one {what} is needed")
@@ -196,18 +198,20 @@ Run = Callable[..., list[Any]]
 def workers(
     args: argparse.Namespace, num_utterances: int, make: type[HeldOut] = HeldOut
 ) -> Iterator[Run]:
-    """Processes that keep the model while they are used: one on a GPU, ``args.nj`` on the CPU.
+    """``args.nj`` processes that keep the model while they are used, on GPUs each on its own.
 
     Args:
         args: Options of a tuning command.
-        num_utterances: No more processes than these.
+        num_utterances: No more processes than these, and on GPUs no more than there are visible.
         make: Of the options: the utterances and the model.
 
     Yields:
         ``run(function, *more)``: the results of ``function(held_out, part, parts, *more)`` for
         every part, in order. The function is one of a module, and all it takes can be pickled.
     """
-    processes = 1 if args.ngpu else min(args.nj, num_utterances)
+    gpus = visible_gpus() if args.ngpu else []
+    most = max(len(gpus), 1) if args.ngpu else args.nj
+    processes = min(args.nj, num_utterances, most)
     if processes == 1:
         held_out: list[HeldOut] = []
 
@@ -217,12 +221,19 @@ def workers(
 
         yield run_here
         return
-    # Forked after ESPnet is imported (10 s) and before a model exists or a thread runs.
-    registry.register()
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        processes, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    if gpus:
+        # Started anew: CUDA does not work in a forked process.
+        context = multiprocessing.get_context("spawn")
+        devices = context.Queue()
+        for gpu in gpus[:processes]:
+            devices.put(gpu)
+        start = (_take_gpu, (devices, args.log_level))
+    else:
+        # Forked after ESPnet is imported (10 s) and before a model exists or a thread runs.
+        registry.register()
+        context = multiprocessing.get_context("fork")
+        start = (torch.set_num_threads, (1,))
+    with ProcessPoolExecutor(processes, context, *start) as pool:
 
         def run_there(function: Callable, *more: Any) -> list[Any]:
             futures = [
@@ -232,6 +243,20 @@ def workers(
             return [future.result() for future in futures]
 
         yield run_there
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _take_gpu(devices: Any, log_level: str) -> None:
+    """Let this worker process see one GPU of a queue, before it uses any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s: %(message)s")
 
 
 _held_out: list[HeldOut] = []  # of this worker process

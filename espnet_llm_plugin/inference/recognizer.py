@@ -276,12 +276,19 @@ def default_scales(
 
     ``ilm_weight`` times the internal LM is subtracted: of a factorized transducer the predictor's
     LM, of an RNN-T the estimate without the encoder.
+
+    Raises:
+        UserError: alpha or beta for a model without predictor LM, or its internal LM added.
     """
     if is_factorized(asr):
         decoder = asr.model.decoder
         alpha = decoder.decoding_alpha if alpha is None else alpha
         beta = decoder.beta if beta is None else beta
         label_bonus = decoder.label_bonus if label_bonus is None else label_bonus
+    elif alpha is not None or beta:  # here: the internal LM's weight is added to beta below
+        raise _no_predictor_lm(asr)
+    elif ilm_weight < 0:
+        raise UserError(f"--ilm_weight {ilm_weight}: the internal LM is subtracted; give 0 or more")
     beta = (beta or 0.0) - ilm_weight
     return Scales(alpha, beta, lm_weight, label_bonus or 0.0, blank_scale, prior_weight)
 
@@ -296,12 +303,16 @@ def check_scales(asr: LoadedASR, scales: Scales, has_lm: bool) -> None:
     if asr.is_ctc and scales.beta < 0:
         raise UserError("an internal LM weight is given, but a CTC model has no internal LM")
     if not is_factorized(asr) and (scales.alpha is not None or scales.beta > 0):
-        raise UserError(
-            "alpha and beta scale the predictor LM of a factorized_transducer; this model "
-            f"({type(asr.model).__name__}) has none"
-        )
+        raise _no_predictor_lm(asr)
     if scales.lm_weight and not has_lm:
         raise UserError(
             "an LM weight is given, but no LM: add --lm_train_config and --lm_file, --fusion_llm, "
             "or --fusion_ngram"
         )
+
+
+def _no_predictor_lm(asr: LoadedASR) -> UserError:
+    return UserError(
+        "alpha and beta scale the predictor LM of a factorized_transducer; this model "
+        f"({type(asr.model).__name__}) has none (of an RNN-T --ilm_weight weighs the internal LM)"
+    )

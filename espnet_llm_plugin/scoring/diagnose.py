@@ -35,6 +35,7 @@ def diagnose(
     nll: Optional[str] = None,
     weak: Optional[str] = None,
     untuned: Optional[str] = None,
+    swapped: Optional[str] = None,
     weak_nll: Optional[str] = None,
     vocabulary_report: Optional[str] = None,
     audio_use: Optional[str] = None,
@@ -52,7 +53,9 @@ def diagnose(
         output_dir: Where the files above go.
         nll: ``nll.json`` of ``bin/evaluate_nll``.
         weak: Like ``scored[0]``, of the system with the weak LM.
-        untuned: Like ``scored[0]``, with the scales of training.
+        untuned: Like ``scored[0]``, with the strong LM and the scales of training.
+        swapped: Of a model that was trained further after the swap: like ``scored[0]``, with the
+            strong LM and tuned scales, before that.
         weak_nll: ``nll.json`` of the system with the weak LM.
         vocabulary_report: ``vocabulary_report.json`` of ``bin/adapt_vocabulary``.
         audio_use: ``audio_use.json`` of ``bin/evaluate_audio_use``. With this or one of the next
@@ -68,15 +71,17 @@ def diagnose(
             speech LLM are mixed; nothing is written then.
     """
     is_speech_llm = any(option is not None for option in (audio_use, alone, wider))
-    swap = {"weak": weak, "weak_nll": weak_nll, "vocabulary_report": vocabulary_report}
+    swap = {"weak": weak, "swapped": swapped, "weak_nll": weak_nll}
+    swap["vocabulary_report"] = vocabulary_report
     mixed = [name for name, option in swap.items() if option is not None]
     if is_speech_llm and mixed:
         raise UserError(
             f"--{mixed[0]} is about the predictor of a transducer; --audio_use, --alone and "
             "--wider are about a speech LLM"
         )
-    if untuned is not None and weak is None:
-        raise UserError("the untuned system is compared with the weak LM's: give --weak too")
+    for name, option in (("untuned", untuned), ("swapped", swapped)):
+        if option is not None and weak is None:
+            raise UserError(f"the {name} system is compared with the weak LM's: give --weak too")
     sets = [read_scored(directory) for directory in scored]
     likelihood, other = read_json(nll), read_json(weak_nll)
     alignment = likelihood.get("alignment") or {}
@@ -118,7 +123,8 @@ def diagnose(
             weak_word_perplexity=(other.get("internal_lm") or {}).get("word_perplexity"),
             native_word_perplexity=read_json(vocabulary_report).get("word_perplexity_before"),
             untuned=paired(weak, untuned),
-            tuned=paired(weak, scored[0]),
+            tuned=paired(weak, swapped or scored[0]),
+            trained=paired(swapped, scored[0]),
         )
         found = signatures.findings(evidence)
         sections = diagnosis_page.transducer_sections(evidence, alignment.get("label_log_prob"))

@@ -8,7 +8,7 @@ from espnet_llm_plugin.scoring.audio_use import PICTURE
 from espnet_llm_plugin.scoring.hallucination import named_values
 from espnet_llm_plugin.scoring.report import round_half_up
 from espnet_llm_plugin.scoring.scored_set import ScoredSet
-from espnet_llm_plugin.scoring.signatures import SHOWS, Evidence, Finding
+from espnet_llm_plugin.scoring.signatures import SHOWS, Evidence, Finding, swap_rates
 from espnet_llm_plugin.scoring.speech_signatures import SpeechEvidence
 from espnet_llm_plugin.scoring.table import markdown
 from espnet_llm_plugin.scoring.wer import Summary
@@ -68,7 +68,11 @@ def transducer_sections(evidence: Evidence, label_log_prob: Optional[float]) -> 
         "the same with the weak LM": evidence.weak_word_perplexity,
         "word perplexity of the LLM with its own vocabulary": evidence.native_word_perplexity,
     }
-    return ["## Model, on the validation set\n", markdown(["number", "value"], _cells(numbers))]
+    sections = ["## Model, on the validation set\n", markdown(["number", "value"], _cells(numbers))]
+    if evidence.tuned is not None:
+        rows = [[" ".join(name.split()), f"{rate:.2f}"] for name, rate in swap_rates(evidence)]
+        sections += ["## LM swap, WER in %\n", markdown(["system", "WER"], rows)]
+    return sections
 
 
 def speech_sections(

@@ -4,6 +4,7 @@ import io
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 from espnet_llm_plugin.errors import UserError
+from espnet_llm_plugin.scoring.signatures import swap_rates
 
 if TYPE_CHECKING:
     from espnet_llm_plugin.scoring.signatures import Evidence
@@ -89,12 +90,9 @@ def oracle(axes: Any, evidence: "Evidence") -> None:
 
 
 def weak_and_strong(axes: Any, evidence: "Evidence") -> None:
-    """WER before and after the LM was replaced, and after tuning."""
-    names, rates = ["weak LM"], [evidence.tuned.first]
-    if evidence.untuned is not None:
-        names.append("strong LM,\nuntuned")
-        rates.append(evidence.untuned.second)
-    bars(axes, [*names, "strong LM,\ntuned"], [*rates, evidence.tuned.second], "{:.2f}")
+    """WER before and after the LM was replaced, after tuning, and after more training."""
+    names, rates = zip(*swap_rates(evidence))
+    bars(axes, list(names), list(rates), "{:.2f}")
     axes.set_ylabel("WER in %")
     axes.set_title("LM swap", loc="left")
 

@@ -49,6 +49,7 @@ class Evidence:
         epochs: Of training.
         untuned: WER with the weak LM, and with the strong LM untuned (paired, weak first).
         tuned: WER with the weak LM, and with the strong LM tuned (paired, weak first).
+        trained: WER with the strong LM tuned, and after more training with it (paired).
         at_edge: Scales whose best value is at the end of the grid; None: not tuned.
     """
 
@@ -65,6 +66,7 @@ class Evidence:
     epochs: Sequence[Epoch] = field(default_factory=list)
     untuned: Optional[Difference] = None
     tuned: Optional[Difference] = None
+    trained: Optional[Difference] = None
     at_edge: Optional[Sequence[str]] = None
 
 
@@ -192,10 +194,27 @@ def strong_lm(e: Evidence) -> Finding:
             statement += ": the swap helps as it is."
         else:
             statement += ": all of the gain is tuning." if tuned.low > 0 else "."
+    if e.trained is not None:
+        after = e.trained
+        statement += (
+            f" Trained further with it {after.second:.2f}: {after.difference:+.2f} (95 % "
+            f"{after.low:+.2f} to {after.high:+.2f})."
+        )
     gain = gain_per_nat(e)
     if gain is not None:
         statement += f" The gain is {gain:.2f} % WER for a nat of word log-perplexity."
     return finding(name, tuned.low <= 0, statement, rule)
+
+
+def swap_rates(e: Evidence) -> list[tuple[str, float]]:
+    """WER step by step: weak LM, strong LM untuned and tuned, trained further; what is known."""
+    rates = [("weak LM", e.tuned.first)]
+    if e.untuned is not None:
+        rates.append(("strong LM,\nuntuned", e.untuned.second))
+    rates.append(("strong LM,\ntuned", e.tuned.second))
+    if e.trained is not None:
+        rates.append(("strong LM,\ntrained further", e.trained.second))
+    return rates
 
 
 def gain_per_nat(e: Evidence) -> Optional[float]:

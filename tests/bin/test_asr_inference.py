@@ -439,11 +439,20 @@ def test_options_without_meaning_are_refused(run, name, tmp_path):
         run("transducer", *options)
 
 
-@pytest.mark.parametrize("option", ["--alpha", "--beta"])
-def test_predictor_scales_of_a_model_without_predictor_lm_are_refused(run, option):
+@pytest.mark.parametrize(
+    "options",
+    ["--alpha 0.3", "--alpha 0", "--beta 0.3", "--beta -0.3", "--beta 0.3 --ilm_weight 0.3"],
+)
+def test_predictor_scales_of_a_model_without_predictor_lm_are_refused(run, options):
+    """Not even where they would do what --ilm_weight does, or nothing with it."""
     for kind in ("transducer", "ctc"):
         with pytest.raises(UserError, match="alpha and beta"):
-            run(kind, option, "0.3")
+            run(kind, *options.split())
+
+
+def test_the_internal_lm_of_a_model_without_predictor_lm_is_not_added(run):
+    with pytest.raises(UserError, match="--ilm_weight -0.3: the internal LM is subtracted"):
+        run("transducer", "--ilm_weight", "-0.3")
 
 
 @pytest.mark.parametrize("kind", ["transducer", "ctc"])

@@ -104,6 +104,25 @@ def test_everything_that_is_measured_is_on_the_page(files, tmp_path, capsys):
     assert len(dev["nbest"]["oracle"]) == 1  # decoded without --nbest
 
 
+def test_a_model_trained_after_the_swap(files, tmp_path):
+    """Weak LM, strong LM untuned and tuned, and the trained model, side by side."""
+    swapped = str(tmp_path / "swapped/test")  # without an error
+    reference = str(files["text"])
+    score.main(["--ref", reference, "--hyp", reference, "--output_dir", swapped])
+    weak = ["--weak", files["weak"], "--untuned", files["dev"]]
+    evidence = run(tmp_path, "--scored", files["test"], *weak, "--swapped", swapped)["evidence"]
+    steps = {name: Path(files[name], "scores.json") for name in ("weak", "dev", "test")}
+    steps["swapped"] = Path(swapped, "scores.json")
+    rates = {name: json.loads(path.read_text())["wer"]["rate"] for name, path in steps.items()}
+    assert rates["swapped"] != rates["test"]
+    pairs = {"untuned": ("weak", "dev"), "tuned": ("weak", "swapped")}
+    for name, pair in {**pairs, "trained": ("swapped", "test")}.items():
+        found = (evidence[name]["first"], evidence[name]["second"])
+        assert found == pytest.approx([rates[one] for one in pair])
+    page = (tmp_path / "diagnosis.md").read_text()
+    assert f"|strong LM, trained further|{rates['test']:.2f}|" in page
+
+
 @pytest.mark.parametrize("kind", ["ctc", "transducer"])
 def test_models_without_predictor_lm(files, tmp_path, kind):
     directory = scored(files, tmp_path / "decode" / "test", kind, "--nbest", "3")
@@ -152,8 +171,9 @@ def test_bad_input_is_named(files, tmp_path):
         run(out, "--scored", files["test"], "--nll", "no.json")
     with pytest.raises(UserError, match="train_log no.log: no such file"):
         run(out, "--scored", files["test"], "--train_log", "no.log")
-    with pytest.raises(UserError, match="give --weak too"):
-        run(out, "--scored", files["test"], "--untuned", files["weak"])
+    for option in ("--untuned", "--swapped"):
+        with pytest.raises(UserError, match=f"the {option[2:]} system .* give --weak too"):
+            run(out, "--scored", files["test"], option, files["weak"])
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(UserError, match="broken.json is not a JSON file"):

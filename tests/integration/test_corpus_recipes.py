@@ -229,7 +229,7 @@ def steps(recipes, tmp_path):
 def test_steps_of_transducer_llama(steps):
     arguments = ["--librispeech", "DIR", "--llm", "org/LLM", "--lm_text", "TEXT", "--ngpu", "2"]
     calls = steps("librispeech", *arguments, "--finetune_config", "conf/x/mwer.yaml")
-    data, ctc, weak, lm, swap, finetune = calls
+    data, ctc, weak, lm, as_trained, swap, finetune = calls
     assert all(call["--ngpu"] == "2" and call["--nbpe"] == "5000" for call in calls)
     assert "--librispeech DIR" in data["--local_data_opts"]
     assert "--lm_text TEXT" in data["--local_data_opts"]
@@ -241,7 +241,14 @@ def test_steps_of_transducer_llama(steps):
     assert lm["--lm_train_text"] == "data/lm_train/text"
     assert swap["--swap_llm"] == f"exp/lm_{lm['--lm_tag']}/llm" == "exp/lm_LLM/llm"
     assert swap["--asr_tag"] == weak["--asr_tag"] and swap["--skip_train"] == "true"
-    assert swap["--inference_tag"] != weak["--inference_tag"]
+    assert (weak["--inference_tag"], swap["--inference_tag"]) == ("decode", "decode_swap_LLM")
+    assert swap["--tune_config"] == "conf/librispeech/tune.yaml"
+    assert as_trained == {
+        **swap,
+        "--tune_config": "conf/librispeech/tune_as_trained.yaml",
+        "--inference_tag": "decode_swap_LLM_as_trained",  # as asr_llm.sh looks for it
+    }
+    assert finetune["--inference_asr_model"] == "valid.loss.ave.pth"
     assert finetune["--asr_config"] == "conf/x/mwer.yaml"
     assert finetune["--pretrained_model"].startswith(f"exp/asr_{weak['--asr_tag']}/")
     assert finetune["--pretrained_model"].endswith(":::decoder.predictor")
@@ -253,8 +260,57 @@ def test_steps_can_be_left_out(steps):
     data, weak = steps("librispeech", *arguments)
     assert weak["--asr_config"] == "conf/my.yaml" and "--ctc_init" not in weak
     assert "--lm_text" not in data["--local_data_opts"]  # nothing is downloaded for no LLM
-    *_, lm, swap = steps("librispeech", *arguments, "--llm", "L", "--lm_config", "none")
+    more = ["--llm", "L", "--lm_config", "none", "--as_trained_config", "none"]
+    _, _, lm, swap = steps("librispeech", *arguments, *more)
     assert lm["--lm_config"] == "" and swap["--swap_llm"] == "exp/lm_L/llm"
+
+
+@pytest.mark.parametrize("corpus", ["librispeech", "loquacious", "mls"])
+def test_mini_ends_with_mwer(steps, root, corpus):
+    """The paper's three steps; every configuration is there."""
+    *_, as_trained, swap, finetune = calls = steps(corpus, "--mini", "true")
+    configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
+    assert all((root / value).is_file() for value in configs)
+    assert finetune["--asr_config"] == f"conf/{corpus}/mini/finetune_mwer.yaml"
+    assert finetune["--asr_tag"] == "finetune_mwer_small"
+    assert finetune["--inference_asr_model"] == "valid.mwer_expected_errors.ave.pth"
+    assert as_trained["--tune_config"] == "conf/mini/tune_as_trained.yaml"
+    *_, last = steps(corpus, "--mini", "true", "--finetune_config", "none")
+    assert last == swap
+
+
+def test_mini_without_a_configuration_of_mwer(steps):
+    *_, swap = steps("indic", "--mini", "true")
+    assert swap["--inference_tag"] == "decode_swap_small"
+
+
+@pytest.mark.parametrize("first", ["dev", "dev_clean"])
+def test_page_after_mwer_compares_with_the_steps_before(steps, tmp_path, first):
+    """Weak LM, swap as trained and tuned, on the first set that is scored."""
+    weak = tmp_path / "egs2/librispeech/asr1/exp/asr_train_ft_stateless"
+    arguments = ["--librispeech", "DIR", "--llm", "L", "--finetune_config", "conf/x/mwer.yaml"]
+    arguments += ["--eval_valid_set", str(first == "dev").lower()]
+    arguments += ["--diagnose_args", "--resamples 100"]
+
+    def options():
+        return steps("librispeech", *arguments)[-1]["--diagnose_args"].split()
+
+    assert options() == ["--resamples", "100"]  # nothing is scored yet
+    tags = ("decode", "decode_swap_L_as_trained", "decode_swap_L")
+    for tag in tags:
+        (weak / tag / first).mkdir(parents=True)
+        (weak / tag / first / "scores.json").touch()
+    places = [f"exp/asr_train_ft_stateless/{tag}/{first}" for tag in tags]
+    compared = ["--weak", places[0], "--untuned", places[1], "--swapped", places[2]]
+    assert options() == [*compared, "--resamples", "100"]
+    (weak / "decode/nll").mkdir()
+    (weak / "decode/nll/nll.json").touch()
+    report = weak.parent / "lm_L/adapted/vocabulary_report.json"
+    report.parent.mkdir(parents=True)
+    report.touch()
+    more = ["--weak_nll", "exp/asr_train_ft_stateless/decode/nll/nll.json"]
+    more += ["--vocabulary_report", "exp/lm_L/adapted/vocabulary_report.json"]
+    assert options() == [*compared, *more, "--resamples", "100"]
 
 
 @pytest.mark.parametrize("balance", ["0.3", "none"])
@@ -270,9 +326,9 @@ def test_mls_balances_languages(steps, balance):
 
 
 def test_indic_has_the_steps_of_mls(steps):
-    """CTC, factorized transducer, LLM and swap, on balanced languages and pieces with joiners."""
+    """CTC, factorized transducer, LLM and swaps, on balanced languages and pieces with joiners."""
     more = ["--kathbath", "K", "--shrutilipi", "S", "--text_opts", "--joiners keep"]
-    data, ctc, weak, lm, swap = steps("indic", "--fleurs", "DIR", "--llm", "org/LLM", *more)
+    data, ctc, weak, lm, _, swap = steps("indic", "--fleurs", "DIR", "--llm", "org/LLM", *more)
     options = data["--local_data_opts"]
     assert "--fleurs DIR --kathbath K --shrutilipi S --joiners keep --langs hi bn ta" in options
     for call in (data, ctc, weak, lm, swap):

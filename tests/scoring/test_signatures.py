@@ -123,6 +123,14 @@ def test_what_is_said_of_the_swap(tuned, untuned, words):
     assert words in statement(evidence, "strong LM does not help") + " "
 
 
+def test_what_is_said_of_training_after_the_swap():
+    evidence = replace(HEALTHY, untuned=EQUAL, trained=replace(BETTER, first=15.0, second=14.0))
+    words = "Trained further with it 14.00: +1.00 (95 % +3.00 to +7.00)."
+    assert words in statement(evidence, "strong LM does not help")
+    assert [rate for _, rate in signatures.swap_rates(evidence)] == [20.0, 19.8, 15.0, 14.0]
+    assert [rate for _, rate in signatures.swap_rates(HEALTHY)] == [20.0, 15.0]
+
+
 def test_gain_per_nat():
     assert signatures.gain_per_nat(HEALTHY) == pytest.approx(5.0 / 1.5040774)  # log(90 / 20)
     assert signatures.gain_per_nat(replace(HEALTHY, weak_word_perplexity=15.0)) is None

@@ -50,3 +50,21 @@ def test_configuration(tmp_path, name):
     if predictor == "llm":
         assert model.decoder.predictor.llm.dtype == "bfloat16"
         assert not model.decoder.predictor.llm.is_loaded
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("transducer/*")), ids=lambda path: path.stem)
+def test_stated_estimates(path):
+    """The arithmetic of egs2/librispeech/asr1/README.md: bytes and operations a parameter."""
+    text = path.read_text()
+    comment = re.sub(r"\n# ?", " ", text.partition("\n\n")[0])
+    conf = yaml.safe_load(text)
+    millions = int(re.search(r"(\d+) M parameters", comment)[1])
+    stated = re.search(r"(\d+) M parameters x 16 bytes .* moments\) are ([\d.]+) GB", comment)
+    assert int(stated[1]) == millions
+    assert float(stated[2]) == round(16 * millions / 1000, 1)
+    stated = re.search(r"6 x (\d+)e6 x 86.4e6 x (\d+) epochs at .* are ([\d.]+) GPU hours", comment)
+    assert (int(stated[1]), int(stated[2])) == (millions, conf["max_epoch"])
+    operations = 6 * millions * 1e6 * 86.4e6 * conf["max_epoch"]
+    assert float(stated[3]) == round(operations / 1e14 / 3600, 1)
+    (seconds,) = set(re.findall(r"a batch of (\d+) s", comment))
+    assert int(seconds) == conf["batch_bins"] / 16000

@@ -34,6 +34,7 @@ cmd_backend=local         # Where jobs run: local, or slurm (by submitit)
 slurm_conf=conf/slurm.yaml  # Options of jobs of Slurm
 nj=4                      # Parallel jobs for preparing data and collecting statistics
 inference_nj=4            # Parallel decoding jobs
+jobs_per_gpu=1            # Of these at once on a GPU of this machine (docs/cluster.md)
 datadir=data              # Kaldi data directories
 dumpdir=dump              # Formatted data
 expdir=exp                # Models, logs, results
@@ -91,6 +92,7 @@ inference_tag=            # Name of the decoding (default: from the configuratio
 inference_asr_model=valid.loss.ave.pth  # ASR checkpoint to decode
 inference_lm=valid.loss.ave.pth  # LM checkpoint to fuse if --use_lm is true
 swap_llm=                 # Hugging Face directory that replaces the predictor (LM swap)
+swap_dtype=               # Its precision: float32, bfloat16, float16, auto (default: bfloat16 if ngpu > 0)
 tune_config=              # Grid of scales to try on the valid set; what inference_config sets wins
 tune_tool=tune_scales     # tune_scales: the whole grid; tune_fusion: from n-best lists, for fine grids
 alone_tag=                # inference_tag of the LLM alone, to compare with in the diagnosis (speech_llm)
@@ -128,8 +130,14 @@ tool() {
 
 [ "${tune_tool}" = tune_scales ] || [ "${tune_tool}" = tune_fusion ] ||
     die "--tune_tool is '${tune_tool}'; expected tune_scales or tune_fusion"
+case ${swap_dtype} in
+    "") swap_dtype=$([ "${ngpu}" -gt 0 ] && echo bfloat16 || echo float32) ;;
+    float32 | bfloat16 | float16 | auto) ;;
+    *) die "--swap_dtype is '${swap_dtype}'; expected float32, bfloat16, float16 or auto" ;;
+esac
 [ "${cmd_backend}" = local ] || [ "${cmd_backend}" = slurm ] ||
     die "--cmd_backend is '${cmd_backend}'; expected local or slurm"
+[[ ${jobs_per_gpu} =~ ^[1-9][0-9]*$ ]] || die "--jobs_per_gpu is '${jobs_per_gpu}'; expected 1 or more"
 [ "${num_nodes}" -eq 1 ] || [ "${cmd_backend}" = slurm ] ||
     die "--num_nodes ${num_nodes} needs --cmd_backend slurm; docs/cluster.md has other ways"
 for name in use_lm eval_valid_set skip_data_prep skip_train skip_eval drop_bad ignore_init_mismatch \
@@ -727,7 +735,9 @@ fi
 
 asr_model_args="--asr_train_config ${asr_exp}/config.yaml
     --asr_model_file ${asr_exp}/${inference_asr_model}"
-[ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}"
+swap_conf=""
+[ "${swap_dtype}" = float32 ] || swap_conf=" --predictor_conf dtype=${swap_dtype}" # not the default
+[ -z "${swap_llm}" ] || asr_model_args+=" --predictor llm --predictor_conf llm=${swap_llm}${swap_conf}"
 model_args=${asr_model_args}
 lm_files=""
 if [ "${fuse_lm}" = true ]; then
@@ -755,7 +765,7 @@ decode_mark() {
     ngram=$(configured fusion_ngram)
     [ ! -f "${ngram}" ] || ngram=$(cksum < "${ngram}")
     checksum "${asr_exp}/.done" "${inference_asr_model}" "${inference_config}" "${inference_args}" \
-        "${lm_files}" "${lm_exp}/.done" "${swap_llm}" \
+        "${lm_files}" "${lm_exp}/.done" "${swap_llm:+${swap_llm}${swap_conf}}" \
         "$(llm_mark "${swap_llm}")$(llm_mark "${fused}")${ngram}" \
         "${tune_config}" "${tune_tool}${decode_lang}" "$@"
 }
@@ -838,9 +848,16 @@ if runs 13; then
         log "a model with a decoder of ESPnet: no likelihood of ${valid_set}"
     elif ! is_done "${decode_dir}/nll/.done" "${mark}"; then
         lang_args=$(language_args "${valid_set}")
+        # One by one on the CPU, which gains nothing by batches, and of an RNN-T, whose joint network
+        # has a tensor (B, T, U+1, V).
+        batch_size=1
+        if [ "${inference_gpu}" -gt 0 ] && ! grep -q '^model: transducer$' "${asr_exp}/config.yaml"; then
+            batch_size=16
+        fi
         # shellcheck disable=SC2086
-        run_jobs --kind decode 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
+        run_jobs --kind decode --ngpu "${inference_gpu}" 1 "${decode_dir}/nll/evaluate_nll.@JOB@.log" \
             tool evaluate_nll ${asr_model_args} --output_dir "${decode_dir}/nll" ${lang_args} \
+            --ngpu "${inference_gpu}" --batch_size "${batch_size}" \
             --data_path_and_name_and_type "${asr_valid_dir}/wav.scp,speech,sound" \
             --data_path_and_name_and_type "${asr_valid_dir}/text,text,text"
         mark_done "${decode_dir}/nll/.done" "${mark}"
@@ -875,7 +892,8 @@ if runs 13; then
             report=${swap_llm%/*}/adapted/vocabulary_report.json # beside <lm_exp>/llm
             weak=${asr_exp}/decode                               # the same model with its own LM
             [ ! -f "${report}" ] || inputs+=" --vocabulary_report ${report}"
-            if [ -f "${weak}/${first}/scores.json" ]; then
+            # Scales as trained are what the page of the tuned ones compares with.
+            if [ -f "${weak}/${first}/scores.json" ] && [[ ${inference_tag} != *_as_trained ]]; then
                 inputs+=" --weak ${weak}/${first}"
                 [ ! -f "${weak}/nll/nll.json" ] || inputs+=" --weak_nll ${weak}/nll/nll.json"
                 [ ! -f "${decode_dir}_as_trained/${first}/scores.json" ] ||

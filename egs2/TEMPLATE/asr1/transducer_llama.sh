@@ -8,7 +8,8 @@
 #   small_llm            (--mini) a small LLaMA with its own pieces stands in for a downloaded LLM
 #   system               what --system names: transducer_llama, speech_llm, aed or combination
 #   transducer_llama     CTC model -> FT with a weak LM -> with --llm: the LLM adapted to the pieces,
-#                        fine-tuned and swapped in -> with --finetune_config: trained further so
+#                        fine-tuned and swapped in, decoded with the LM scales of training and with
+#                        tuned ones -> with --finetune_config: trained further so
 #
 # Experiments are called as their configuration or LLM. The array `common` is the recipe's own
 # options of asr_llm.sh.
@@ -27,12 +28,12 @@ common=() forwarded=()
 # shellcheck disable=SC2034  # small_llama and num_pieces are for run.sh
 system=transducer units="" small_llama=train_llama num_pieces=5000
 mini=false llm="" llm_tag="" lm_train_text="" asr_args="" nj=8 datadir="" expdir="" dumpdir=""
-ctc_config="" asr_config="" lm_config="" tune_config="" inference_config="" finetune_config=""
-finetune_model=valid.loss.ave.pth aed_config="" tune_aed_config="" combinations=""
+ctc_config="" asr_config="" lm_config="" tune_config="" as_trained_config="" inference_config=""
+finetune_config="" finetune_model="" aed_config="" tune_aed_config="" combinations=""
 # For read_options, beside the recipe's own.
 shared_options="mini system units llm asr_args nj datadir expdir dumpdir ctc_config asr_config lm_config"
-shared_options+=" tune_config inference_config finetune_config finetune_model aed_config"
-shared_options+=" tune_aed_config combinations"
+shared_options+=" tune_config as_trained_config inference_config finetune_config finetune_model"
+shared_options+=" aed_config tune_aed_config combinations"
 
 usage() {
     comment_of run.sh
@@ -54,15 +55,22 @@ defaults() { # name of the corpus
         : "${datadir:=data/mini}" "${expdir:=exp/mini}" "${dumpdir:=dump/mini}"
         : "${ctc_config:=${conf}/train_ctc.yaml}" "${asr_config:=${conf}/train_ft_weak.yaml}"
         : "${lm_config:=${conf}/finetune_llm.yaml}" "${tune_config:=${conf}/tune.yaml}"
+        : "${as_trained_config:=conf/mini/tune_as_trained.yaml}"
         : "${inference_config:=conf/mini/decode.yaml}"
+        if [ -z "${finetune_config}" ] && [ -f "${conf}/finetune_mwer.yaml" ]; then
+            finetune_config=${conf}/finetune_mwer.yaml
+            : "${finetune_model:=valid.mwer_expected_errors.ave.pth}"
+        fi
     else
         : "${datadir:=data}" "${expdir:=exp}" "${dumpdir:=dump}"
         : "${ctc_config:=conf/ctc/train_ctc_conformer.yaml}"
         : "${asr_config:=conf/transducer/train_ft_stateless.yaml}"
         : "${lm_config:=conf/lm/finetune_causal_llm.yaml}"
         : "${tune_config:=conf/librispeech/tune.yaml}"
+        : "${as_trained_config:=conf/librispeech/tune_as_trained.yaml}"
         : "${inference_config:=conf/librispeech/decode.yaml}"
     fi
+    : "${finetune_model:=valid.loss.ave.pth}"
 }
 
 recipe() {
@@ -138,19 +146,40 @@ transducer_llama() {
     [ -n "${llm}" ] || return 0
 
     local tag=${llm_tag:-$(basename "${llm}")}
-    local adapted=${expdir}/lm_${tag}/llm
+    local adapted=${expdir}/lm_${tag}/llm swapped=decode_swap_${tag}
     lm "${tag}" --llm "${llm}" --lm_config "${lm_config#none}"
+    [ "${as_trained_config}" = none ] ||
+        asr "${asr_config}" --skip_train true --swap_llm "${adapted}" \
+            --tune_config "${as_trained_config}" --inference_tag "${swapped}_as_trained"
     asr "${asr_config}" --skip_train true --swap_llm "${adapted}" --tune_config "${tune_config}" \
-        --inference_tag "decode_swap_${tag}"
-    [ -n "${finetune_config}" ] || return 0
+        --inference_tag "${swapped}"
+    [ -n "${finetune_config#none}" ] || return 0
 
     # The weak model's predictor is left out of the initial values: the LLM is in its place. The scales
     # are those that were tuned for the swap, unless --asr_args has others.
-    local swapped=${weak}/decode_swap_${tag}/tune/best.yaml scales=""
-    [ ! -f "${swapped}" ] || scales=$(scales_of "${swapped}")
+    local scales="" best=${weak}/${swapped}/tune/best.yaml
+    [ ! -f "${best}" ] || scales=$(scales_of "${best}")
     asr "${finetune_config}" --tune_config "${tune_config}" \
         --asr_tag "$(tag_of "${finetune_config}")_${tag}" \
         --pretrained_model "${weak}/valid.loss.ave.pth:::decoder.predictor" \
         --inference_asr_model "${finetune_model}" \
-        --asr_args "${scales} ${asr_args} --decoder_conf predictor_conf.llm=${adapted}"
+        --asr_args "${scales} ${asr_args} --decoder_conf predictor_conf.llm=${adapted}" \
+        --diagnose_args "$(compared "${weak}" "${swapped}" "${adapted}") $(option diagnose_args "")"
+}
+
+# Options of bin.diagnose for the page of the model that is trained after the swap: it is compared with the
+# weak LM, the swap as trained and the swap tuned, on the first set.
+compared() { # directory of the weak model, tag of its decoding with the LLM, the LLM
+    local sets first given="" name report=${3%/*}/adapted/vocabulary_report.json
+    sets=$(option test_sets test)
+    [ "$(option eval_valid_set false)" = false ] || sets="$(option valid_set dev) ${sets}"
+    first=${sets%% *}
+    [ -f "$1/decode/${first}/scores.json" ] || return 0
+    for name in weak:decode "untuned:$2_as_trained" "swapped:$2"; do
+        [ ! -f "$1/${name#*:}/${first}/scores.json" ] ||
+            given+=" --${name%%:*} $1/${name#*:}/${first}"
+    done
+    [ ! -f "$1/decode/nll/nll.json" ] || given+=" --weak_nll $1/decode/nll/nll.json"
+    [ ! -f "${report}" ] || given+=" --vocabulary_report ${report}"
+    echo "${given}"
 }

@@ -18,13 +18,14 @@ usage() {
 }
 
 train_dir="" valid_dir="" test_dirs="" llm="" drop_bad=false nj=4 expdir=exp datadir=data
+inference_config=""
 ctc_config=conf/custom/train_ctc.yaml
 asr_config=conf/custom/train_ft.yaml
 lm_config=conf/custom/finetune_llm.yaml
 tune_config=conf/custom/tune.yaml
 forwarded=() # to asr_llm.sh
 read_options "train_dir valid_dir test_dirs llm drop_bad nj expdir datadir
-    ctc_config asr_config lm_config tune_config" "$@"
+    inference_config ctc_config asr_config lm_config tune_config" "$@"
 for name in train_dir valid_dir test_dirs; do
     [ -n "${!name}" ] || die "--${name} is missing; see ./run.sh --help"
 done
@@ -39,9 +40,12 @@ for directory in ${test_dirs}; do
     data_opts+=" --test ${directory}"
 done
 
+decoding=(--inference_config "${inference_config:-conf/custom/decode.yaml}")
+[ -n "${inference_config}" ] || decoding+=(--inference_tag decode)
 recipe() {
     ../../TEMPLATE/asr1/asr_llm.sh --test_sets "${test_sets}" --nj "${nj}" --token_type char \
-        --drop_bad "${drop_bad}" --expdir "${expdir}" --datadir "${datadir}" "${forwarded[@]}" "$@"
+        --drop_bad "${drop_bad}" --expdir "${expdir}" --datadir "${datadir}" "${decoding[@]}" \
+        "${forwarded[@]}" "$@"
 }
 ft() {
     recipe --asr_tag ft --asr_config "${asr_config}" --ctc_init "${expdir}/asr_ctc" \

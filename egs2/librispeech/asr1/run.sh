@@ -14,7 +14,8 @@
 #   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
 #   --system aed             CTC + attention decoder, trained and decoded by ESPnet itself
 #   --system combination     CTC, and CTC + AED (--aed_config), with --llm in every way, in one table
-#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
+#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml
+#                        (--mini: conf/librispeech/mini/finetune_mwer.yaml; none: no such step),
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
 # All other options are those of asr_llm.sh, e.g. --ngpu 1 --stage 10:

@@ -16,7 +16,8 @@
 #   --ctc_config, --asr_config, --lm_config, --tune_config FILE     (--ctc_config none: no CTC model;
 #                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
 #   --units adapted|native   a speech LLM over the pieces, or over the tokens of --llm
-#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
+#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml
+#                        (--mini: conf/loquacious/mini/finetune_mwer.yaml; none: no such step),
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
 # All other options are those of asr_llm.sh, e.g. --ngpu 1 --stage 10:

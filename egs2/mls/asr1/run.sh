@@ -13,7 +13,8 @@
 #                        --lm_config none: the LLM is adapted to the pieces, but not fine-tuned)
 #   --system speech_llm      a speech LLM in place of transducers: --asr_config of conf/speech_llm, over
 #   --units adapted|native   the pieces, which --llm is adapted to, or over the tokens of --llm
-#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml,
+#   --finetune_config FILE   continues the swapped model, e.g. conf/transducer/finetune_mwer.yaml
+#                        (--mini: conf/mls/mini/finetune_mwer.yaml; none: no such step),
 #   --finetune_model NAME    and the checkpoint of it to decode (default: valid.loss.ave.pth)
 #
 # All other options are those of asr_llm.sh, e.g. --ngpu 1 --stage 10:
