@@ -35,7 +35,8 @@ def directory(data, tmp_path_factory):
         (place / "data" / name / "utt2spk").write_text("".join(f"{k} {k}\n" for k in keys))
         table = "".join(f"{key} {CODES[i % 2]}\n" for i, key in enumerate(keys))
         (place / "data" / name / "utt2lang").write_text(table)
-    text = COMMON.replace("normalize: utterance_mvn\n", "") + conf() + "max_epoch: 1\n"
+    text = COMMON.replace("normalize: utterance_mvn\n", "") + conf()
+    text += "max_epoch: 1\nvalid_batch_type: unsorted\n"
     (place / "train.yaml").write_text(text)
     (place / "tune.yaml").write_text(
         "ctc_weights: [0.2]\nlabel_bonuses: [0.0, 0.5]\nbeam_size: 2\nmax_tokens_per_second: 9\n"
@@ -170,7 +171,10 @@ ADDED += ["--stage", "10", "--stop_stage", "11", "--asr_stats_dir", "exp/stats_f
 
 
 def test_added_languages_start_from_the_trained_model(directory, extended, run):
-    """Beside --ctc_init, as recipes give it, and other initial values."""
+    """Beside --ctc_init, as recipes give it."""
+    settings = yaml.safe_load((directory / "exp/more/train.yaml").read_text())
+    assert settings["valid_batch_type"] == "unsorted"
+    assert not {"fold_length", "train_shape_file", "valid_shape_file"} & set(settings)
     options = ["--ctc_init", "exp/asr_ctc", "--asr_tag", "more"]
     result = run(*ADDED, *options)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -180,7 +184,7 @@ def test_added_languages_start_from_the_trained_model(directory, extended, run):
     assert len(new) == 2 and set(found) - new == set(extended)
     for name, value in extended.items():
         assert torch.equal(found[name], value), name
-    # what the user gives comes last
+    # those of the configuration come last
     config = yaml.safe_load((directory / "exp/asr_more/config.yaml").read_text())
     model = str((directory / "exp/more/model.pth").resolve())
     ctc = "exp/asr_ctc/valid.loss.ave.pth"
