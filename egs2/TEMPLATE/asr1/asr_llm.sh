@@ -685,7 +685,7 @@ if runs 11; then
     init_marks=""
     if [ -n "${ctc_init}${pretrained_model}" ]; then
         # ESPnet's --init_param replaces that of the configuration: all are given, later ones win.
-        [[ " ${asr_args}" != *" --init_param"* ]] ||
+        [[ ${asr_args} != *--init_param* ]] ||
             die "--asr_args has --init_param, which would replace --ctc_init and --pretrained_model:" \
                 "give its files as --pretrained_model, or leave out the others"
         if [ -n "${ctc_init}" ]; then
