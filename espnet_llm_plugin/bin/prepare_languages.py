@@ -1,8 +1,9 @@
-"""Write the language of every utterance of a set, for training soft prompts of languages."""
+"""Write the language of every utterance of a set, for training soft prompts of languages.
+
+With --config the languages of that model are the only ones.
+"""
 
 from pathlib import Path
-
-import yaml
 
 from espnet_llm_plugin.bin.data_options import new_parser
 from espnet_llm_plugin.data.atomic import atomic_write
@@ -10,6 +11,7 @@ from espnet_llm_plugin.data.disk import writing
 from espnet_llm_plugin.data.kaldi import read_clean_table
 from espnet_llm_plugin.data.languages import complete_languages
 from espnet_llm_plugin.errors import UserError, run_cli
+from espnet_llm_plugin.training_config import add_config_options, read_training_config
 
 
 def get_parser():
@@ -17,9 +19,7 @@ def get_parser():
     parser = new_parser(__doc__)
     parser.add_argument("--utt2lang", required=True, help="Table `<utterance> <language code>`")
     parser.add_argument("--key_file", required=True, help="Lines that begin with the utterances")
-    parser.add_argument(
-        "--config", help="Training configuration, whose languages are then the only ones"
-    )
+    add_config_options(parser, required=False)
     parser.add_argument("--output", required=True, help="File to write")
     return parser
 
@@ -32,8 +32,8 @@ def main(cmd=None):
             raise UserError(f"{option} {path}: there is no such file")
     conf = {}
     if args.config:
-        conf = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
-        conf = (conf.get("decoder_conf") or {}).get("soft_prompt_conf") or {}
+        config = read_training_config(args.config, args.asr_args)
+        conf = config["decoder_conf"].get("soft_prompt_conf") or {}
     languages = conf.get("languages")
     try:
         found = complete_languages(

@@ -6,7 +6,7 @@ no second list, whose order nobody could check, stands between the data and the 
 B utterances, n bytes of the longest code.
 """
 
-from typing import Any, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -25,3 +25,16 @@ def decode_languages(codes: Any, lengths: Any) -> list[Optional[str]]:
     """Codes of bytes (B, n), of which (B,) count each; None where there are none."""
     rows = zip(codes.tolist(), lengths.tolist())
     return [bytes(row[:length]).decode(errors="replace") or None for row, length in rows]
+
+
+def describe_foreign(utterances: Mapping[str, Sequence[Optional[str]]]) -> str:
+    """Of languages that a model does not know: how many utterances, and one, by code.
+
+    Args:
+        utterances: Names by code; None where they are not known.
+    """
+    codes = []
+    for code, names in utterances.items():
+        example = "" if names[0] is None else f", e.g. {names[0]}"
+        codes.append(f"'{code}' ({len(names)} utterance{'s' * (len(names) > 1)}{example})")
+    return f"languages that the model does not know: {', '.join(codes)}"

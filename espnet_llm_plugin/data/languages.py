@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Mapping, Optional, Sequence
 
-from espnet_llm_plugin.data.language_codes import UNKNOWN
+from espnet_llm_plugin.data.language_codes import UNKNOWN, describe_foreign
 from espnet_llm_plugin.errors import UserError
 
 
@@ -16,14 +16,14 @@ class CompleteLanguages:
         table: Codes by utterance, in the order of the utterances; ``unk`` where none is known.
         counts: Utterances by language.
         without: Utterances that have no language.
-        foreign: Utterances by language that the model does not know and takes for unknown.
+        foreign: Utterances, by language, that the model does not know and takes for unknown.
         unused: Languages of the model without an utterance.
     """
 
     table: dict[str, str]
     counts: Counter
     without: list[str]
-    foreign: Counter
+    foreign: dict[str, list[str]]
     unused: list[str]
 
     def report(self) -> list[str]:
@@ -36,7 +36,9 @@ class CompleteLanguages:
                 "count as unknown"
             )
         if self.foreign:
-            foreign = ", ".join(f"{code} {n}" for code, n in sorted(self.foreign.items()))
+            foreign = ", ".join(
+                f"{code} {len(them)}" for code, them in sorted(self.foreign.items())
+            )
             lines.append(f"languages that the model does not know, taken as unknown: {foreign}")
         if self.unused:
             lines.append(f"languages of the model without an utterance: {', '.join(self.unused)}")
@@ -63,23 +65,24 @@ def complete_languages(
     Raises:
         UserError: A language that the model does not know, or no utterance has a language.
     """
-    table, counts, foreign = {}, Counter(), Counter()
+    table, counts = {}, Counter()
     without: list[str] = []
+    foreign: dict[str, list[str]] = {}
     for utterance in utterances:
         code = utt2lang.get(utterance, "").strip() or UNKNOWN
         if code == UNKNOWN:
             without.append(utterance)
         elif languages is not None and code not in languages:
-            if unknown_language == "error":
-                raise UserError(
-                    f"utterance {utterance} has the language '{code}', which the model does not "
-                    f"know; it knows {', '.join(languages)}. Correct utt2lang, list the language "
-                    "in decoder_conf (soft_prompt_conf.languages), or set unknown_language: unk"
-                )
-            foreign[code] += 1
+            foreign.setdefault(code, []).append(utterance)
             code = UNKNOWN
         table[utterance] = code
         counts[code] += 1
+    if foreign and unknown_language == "error":
+        raise UserError(
+            f"{describe_foreign(foreign)}; it knows {', '.join(languages)}. "
+            "Correct utt2lang, list the languages in decoder_conf (soft_prompt_conf.languages), "
+            "or set unknown_language: unk"
+        )
     if len(without) == len(table):
         raise UserError(f"not one of the {len(table)} utterances has a language")
     unused = [code for code in languages or () if not counts[code]]

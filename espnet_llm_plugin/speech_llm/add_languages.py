@@ -14,13 +14,15 @@ from espnet_llm_plugin.speech_llm.languages import Languages, parameter_name
 
 CONFIG, MODEL = "train.yaml", "model.pth"
 
-# Of the training configuration, what belongs to one run of a training.
+# Of the training configuration, what belongs to one run of a training. (A recipe's `fold_length`
+# would be appended to that of the configuration.)
 _OF_A_RUN = (
     "allow_variable_data_keys",
     "collect_stats",
     "config",
     "distributed",
     "dry_run",
+    "fold_length",
     "freeze_param",
     "init_param",
     "log_level",
@@ -31,7 +33,7 @@ _OF_A_RUN = (
     "resume",
     "write_collected_feats",
 )
-_DATA = ("train_", "valid_", "dist_")
+_DATA = ("train_data_", "train_shape_", "valid_data_", "valid_shape_", "dist_")
 
 
 def add_languages(

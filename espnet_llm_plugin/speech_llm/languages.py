@@ -13,7 +13,12 @@ from typing import Any, Mapping, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from espnet_llm_plugin.data.language_codes import NAME, UNKNOWN, decode_languages
+from espnet_llm_plugin.data.language_codes import (
+    NAME,
+    UNKNOWN,
+    decode_languages,
+    describe_foreign,
+)
 from espnet_llm_plugin.errors import UserError
 
 NOT_GIVEN = -1
@@ -92,14 +97,17 @@ class Languages:
         Raises:
             UserError: A language that the model does not know, unless that is to be ``unk``.
         """
-        found = []
+        found: list[int] = []
+        foreign: dict[str, list[Optional[str]]] = {}
         for i, code in enumerate(codes):
             number = NOT_GIVEN if not code else self.unknown_row if code == UNKNOWN else None
             number = self._numbers.get(code) if number is None else number
             if number is None:
-                name = "an utterance" if utterances is None else f"utterance {utterances[i]}"
-                number = self._foreign(code, name)
+                foreign.setdefault(code, []).append(None if utterances is None else utterances[i])
+                number = self.unknown_row
             found.append(number)
+        if foreign:
+            self._report_foreign(foreign)
         return found
 
     def of_batch(self, data: Mapping[str, Any]) -> Tensor:
@@ -129,22 +137,19 @@ class Languages:
             )
         return torch.tensor(self.numbers(codes, utterances), device=data[NAME].device)
 
-    def _foreign(self, code: str, utterance: str) -> int:
-        known = ", ".join(self.codes)
+    def _report_foreign(self, utterances: Mapping[str, Sequence[Optional[str]]]) -> None:
+        """Refuse languages that the model does not know, by code, or say that they are unknown."""
+        new = {code: names for code, names in utterances.items() if code not in self._reported}
+        found = describe_foreign(new) + f"; it knows {', '.join(self.codes)}"
         if self.policy == "error":
             raise UserError(
-                f"{utterance} has the language '{code}', which the model does not know; it knows "
-                f"{known}. Correct utt2lang, list the language in decoder_conf "
-                "(soft_prompt_conf.languages), add it to a trained model "
+                f"{found}. Correct utt2lang, list the languages in decoder_conf "
+                "(soft_prompt_conf.languages), add them to a trained model "
                 "(python -m espnet_llm_plugin.bin.add_languages), or set unknown_language: unk"
             )
-        if code not in self._reported:
-            self._reported.add(code)
-            logging.warning(
-                f"{utterance} has the language '{code}', which the model does not know (it knows "
-                f"{known}): all of that language are taken as unknown"
-            )
-        return self.unknown_row
+        if new:
+            self._reported.update(new)
+            logging.warning(f"{found}: all utterances of them are taken as unknown")
 
     def name_of(self, code: str) -> str:
         """The English name of a language: the configuration's, or that of Whisper's list.

@@ -27,6 +27,7 @@ LIGHT = (
     "run_jobs",
     "score",
     "score_language_id",
+    "speech_llm_options",
     "split_data",
     "subset_data_dir",
     "validate_data_dir",

@@ -170,7 +170,11 @@ def test_data_of_synthetic_fleurs(recipes):
 @pytest.mark.parametrize(
     ("corpus", "arguments", "message"),
     [
-        ("indic", [], "--fleurs is missing"),
+        (
+            "indic",
+            ["--langs", "hi ur"],
+            "`pip install datasets; lhotse download fleurs -l hi_in -l ur_pk",
+        ),
         ("indic", ["--fleurs", "nowhere"], "nowhere is not a directory; expected one with hi_in"),
         ("indic", ["--fleurs", ".", "--langs", "hi en"], "unknown language code 'en'; expected"),
         ("indic", ["--fleurs", ".", "--langs", "hi"], ". has no FLEURS of 'hi' (hi_in)"),
@@ -390,18 +394,122 @@ def test_speech_llm_over_its_own_tokens(steps):
     assert alone["--inference_config"] == "conf/mls/decode_speech_llm.yaml"
 
 
-def test_ctc_pieces_beside_the_llms_tokens(steps, tmp_path):
+CTC_PIECES = {
+    "ctc_vocabulary.token_list": "data/pieces/tokens.txt",
+    "ctc_vocabulary.bpemodel": "data/pieces/bpe.model",
+}
+
+
+@pytest.fixture
+def trained_ctc(tmp_path):
+    """The configuration of a recipe's finished CTC model, whose pieces are in data/pieces."""
+
+    def make(corpus, exp="exp/asr_train_ctc_80ms"):
+        place = tmp_path / "egs2" / corpus / "asr1" / exp
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text(
+            "token_list:\n- <blank>\nbpemodel: data/pieces/bpe.model\n"
+        )
+
+    return make
+
+
+def confs(call):
+    """``decoder_conf`` and ``model_conf`` of a call, as ESPnet reads file and options."""
+    from espnet_llm_plugin.training_config import read_training_config
+
+    config = read_training_config(
+        Path(__file__).parents[2] / call["--asr_config"], call["--asr_args"]
+    )
+    return config["decoder_conf"], config["model_conf"]
+
+
+def test_ctc_pieces_beside_the_llms_tokens(steps, trained_ctc):
     """A configuration with a vocabulary of the CTC gets the files of the CTC model's pieces."""
-    exp = tmp_path / "egs2/mls/asr1/exp/asr_train_ctc_80ms"
-    exp.mkdir(parents=True)
-    (exp / "config.yaml").write_text("token_list:\n- <blank>\nbpemodel: data/pieces/bpe.model\n")
+    trained_ctc("mls")
     config = ["--asr_config", "conf/speech_llm/train_qwen2_0.5b_lora.yaml"]
     *_, alone = steps("mls", "--mls", "DIR", *SPEECH_LLM, *config, "--balance", "none")
     assert alone["--asr_args"].split() == [
+        *(word for pair in CTC_PIECES.items() for word in ("--model_conf", "=".join(pair))),
         *["--decoder_conf", "llm=org/LLM"],
-        *["--model_conf", "ctc_vocabulary.token_list=data/pieces/tokens.txt"],
-        *["--model_conf", "ctc_vocabulary.bpemodel=data/pieces/bpe.model"],
     ]
+
+
+CORPORA = {
+    "indic": ["--fleurs", "hi bn ta te ml kn gu mr pa ur"],
+    "mls": ["--mls", "en de nl fr es it pt pl"],
+}
+PREFIX_TUNING = sorted(
+    path.name for path in (Path(__file__).parents[2] / "conf/prefix_tuning").glob("train_*.yaml")
+)
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_prefix_tuning_of_every_corpus(steps, trained_ctc, corpus):
+    """Each configuration gets the languages and the pieces of the recipe that it is used in."""
+    from espnet_llm_plugin.speech_llm.soft_prompt import SoftPromptOptions
+
+    trained_ctc(corpus)
+    option, langs = CORPORA[corpus]
+    seen = Counter()
+    for name in PREFIX_TUNING:
+        config = ["--asr_config", f"conf/prefix_tuning/{name}"]
+        if corpus == "indic":
+            config[0] = "--speech_llm_config"
+        *_, alone = steps(corpus, option, "DIR", *SPEECH_LLM, *config)
+        decoder, model = confs(alone)
+        assert decoder["llm"] == "org/LLM"
+        if decoder.get("soft_prompt") == "per_language":
+            seen["languages"] += 1
+            assert SoftPromptOptions(**decoder["soft_prompt_conf"]).languages == langs.split()
+        for head in model.get("auxiliary", []):
+            seen[head["loss"]] += 1
+            assert (head["weight"], head["tap"] in name or head["tap"] == "llm_prefix") == (
+                0.3,
+                True,
+            )
+            if "llm_tokens" not in name:
+                assert head["vocabulary"] == {
+                    "token_list": "data/pieces/tokens.txt",
+                    "bpemodel": "data/pieces/bpe.model",
+                }
+    assert seen["languages"] == 4 and seen["rnnt"] >= 9 and seen["ctc"] >= 4
+
+
+def test_languages_that_are_given(steps):
+    """Some of the recipe's by --langs; the user's own options and lists win."""
+    config = ["--asr_config", "conf/prefix_tuning/train_qwen2_0.5b_frozen_lang_prompt.yaml"]
+    arguments = ["mls", "--mls", "DIR", *SPEECH_LLM]
+    *_, alone = steps(*arguments, *config, "--langs", "pl pt")
+    assert confs(alone)[0]["soft_prompt_conf"] == {"length": 8, "languages": ["pl", "pt"]}
+    args = ["--asr_args", "--decoder_conf soft_prompt_conf.languages=[pl,pt,sv]"]
+    *_, alone = steps(*arguments, *config, *args)
+    assert confs(alone)[0]["soft_prompt_conf"]["languages"] == ["pl", "pt", "sv"]
+    # a soft prompt of the options alone
+    config = ["--asr_config", "conf/prefix_tuning/train_qwen2_0.5b_frozen.yaml"]
+    args = ["--asr_args", "--decoder_conf soft_prompt=per_language"]
+    *_, alone = steps(*arguments, *config, *args, "--langs", "en de")
+    assert confs(alone)[0]["soft_prompt_conf"]["languages"] == ["en", "de"]
+
+
+def test_a_trained_model_goes_on(steps, trained_ctc, tmp_path):
+    """Nothing of its own is replaced: no CTC model, no languages and pieces of the recipe."""
+    trained_ctc("mls")
+    config = tmp_path / "egs2/mls/asr1/exp/more/train.yaml"
+    config.parent.mkdir(parents=True)
+    text = (
+        tmp_path / "conf/prefix_tuning/train_qwen2_0.5b_frozen_lang_prompt_rnnt.yaml"
+    ).read_text()
+    config.write_text(text + "init_param: [exp/more/model.pth]\n")
+    arguments = ["--asr_config", "exp/more/train.yaml", "--langs", "pl", "--balance", "none"]
+    data, tokens, alone = steps("mls", "--mls", "DIR", *SPEECH_LLM, *arguments)
+    assert alone["--asr_args"].split() == ["--decoder_conf", "llm=org/LLM"]
+    assert "--ctc_init" not in alone and alone["--asr_stats_dir"] == "exp/asr_stats_train_LLM"
+    # parts of another model come after those of the CTC model, which asr_llm.sh sees to
+    config.write_text(text + "init_param: ['other.pth:decoder.adapter:decoder.adapter']\n")
+    *_, alone = steps("mls", "--mls", "DIR", *SPEECH_LLM, *arguments)
+    assert alone["--ctc_init"] == "exp/asr_train_ctc_80ms" and "--asr_stats_dir" not in alone
+    assert "languages=" in alone["--asr_args"]
 
 
 def test_speech_llm_of_loquacious(steps):
@@ -460,7 +568,13 @@ def test_mini_speech_llm(steps, root, corpus, units):
     configs = [value for call in calls for value in call.values() if value.startswith("conf/")]
     assert all((root / value).is_file() for value in configs)
     assert f"conf/{corpus}/mini/train_copy_llama.yaml" in configs
-    assert calls[-1]["--asr_config"] == f"conf/{corpus}/mini/train_speech_llm.yaml"
+    config = calls[-1]["--asr_config"]
+    assert config == f"conf/{corpus}/mini/train_speech_llm.yaml"
+    if corpus in CORPORA:  # all parts of prefix tuning
+        decoder, model = confs(calls[-1])
+        assert decoder["soft_prompt_conf"]["languages"] == CORPORA[corpus][1].split()
+        (head,) = model["auxiliary"]
+        assert (head["loss"], head["tap"]) == ("rnnt", "llm_prefix") and model["report_wer_utts"]
     assert ("--token_type" in calls[-1]) == (units == "native")
 
 

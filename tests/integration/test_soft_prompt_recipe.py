@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from espnet_llm_plugin.bin import add_languages
 from tests.inference.tiny_asr import read_scp
 from tests.integration.test_soft_prompt_training import conf
 from tests.integration.test_speech_llm_training import COMMON, UTTERANCES, data
@@ -33,7 +35,8 @@ def directory(data, tmp_path_factory):
         (place / "data" / name / "utt2spk").write_text("".join(f"{k} {k}\n" for k in keys))
         table = "".join(f"{key} {CODES[i % 2]}\n" for i, key in enumerate(keys))
         (place / "data" / name / "utt2lang").write_text(table)
-    text = COMMON.replace("normalize: utterance_mvn\n", "") + conf() + "max_epoch: 1\n"
+    text = COMMON.replace("normalize: utterance_mvn\n", "") + conf()
+    text += "max_epoch: 1\nvalid_batch_type: unsorted\n"
     (place / "train.yaml").write_text(text)
     (place / "tune.yaml").write_text(
         "ctc_weights: [0.2]\nlabel_bonuses: [0.0, 0.5]\nbeam_size: 2\nmax_tokens_per_second: 9\n"
@@ -135,3 +138,71 @@ def test_sets_without_languages_are_named(directory, decoded, run):
     result = run("--stage", "11", "--stop_stage", "11", "--asr_tag", "y")
     (dump / "train/kept").rename(dump / "train/utt2lang")
     assert result.returncode == 2 and "train/utt2lang: soft prompts of languages" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def extended(directory, decoded):
+    """exp/more, the trained model with one more language; data of that language; a CTC model."""
+    exp = directory / "exp/asr_x"
+    dump = directory / "dump/raw"
+    for name in ("train", "dev"):
+        shutil.copytree(dump / name, dump / f"{name}_fr")
+        keys = read_scp(dump / name / "wav.scp")
+        (dump / f"{name}_fr/utt2lang").write_text("".join(f"{key} fr\n" for key in keys))
+    options = ["--asr_train_config", str(exp / "config.yaml"), "--languages", "fr"]
+    options += ["--asr_model_file", str(exp / "valid.loss.best.pth")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)  # the LLM is named relative to it
+        add_languages.main([*options, "--output_dir", str(directory / "exp/more")])
+    ctc = directory / "exp/asr_ctc"
+    ctc.mkdir()
+    (ctc / ".done").write_text("finished\n")
+    trained = torch.load(exp / "valid.loss.best.pth", weights_only=True)
+    parts = ("encoder.", "ctc.")
+    torch.save(
+        {name: torch.randn_like(v) for name, v in trained.items() if name.startswith(parts)},
+        ctc / "valid.loss.ave.pth",
+    )
+    return trained
+
+
+ADDED = ["--asr_config", "exp/more/train.yaml", "--train_set", "train_fr", "--valid_set", "dev_fr"]
+ADDED += ["--stage", "10", "--stop_stage", "11", "--asr_stats_dir", "exp/stats_fr"]
+
+
+def test_added_languages_start_from_the_trained_model(directory, extended, run):
+    """Beside --ctc_init, as recipes give it."""
+    settings = yaml.safe_load((directory / "exp/more/train.yaml").read_text())
+    assert settings["valid_batch_type"] == "unsorted"
+    assert not {"fold_length", "train_shape_file", "valid_shape_file"} & set(settings)
+    options = ["--ctc_init", "exp/asr_ctc", "--asr_tag", "more"]
+    result = run(*ADDED, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "languages of the model without an utterance: en, de, pl" in result.stdout
+    found = torch.load(directory / "exp/asr_more/valid.loss.best.pth", weights_only=True)
+    new = {name for name in found if name.endswith("lang_fr")}
+    assert len(new) == 2 and set(found) - new == set(extended)
+    for name, value in extended.items():
+        assert torch.equal(found[name], value), name
+    # those of the configuration come last
+    config = yaml.safe_load((directory / "exp/asr_more/config.yaml").read_text())
+    model = str((directory / "exp/more/model.pth").resolve())
+    ctc = "exp/asr_ctc/valid.loss.ave.pth"
+    assert config["init_param"] == [f"{ctc}:encoder:encoder", f"{ctc}:ctc:ctc", model]
+
+
+def test_initial_values_among_the_options_are_refused(extended, run):
+    """They would replace the others without a word."""
+    args = ["--asr_args", "--decoder_conf llm=llm --init_param exp/more/model.pth"]
+    result = run(*ADDED, "--ctc_init", "exp/asr_ctc", "--asr_tag", "z", *args)
+    assert result.returncode == 2
+    assert "--asr_args has --init_param, which would replace --ctc_init" in result.stderr
+
+
+def test_languages_among_the_options_are_checked_early(directory, decoded, run):
+    """Not those of the configuration: the options of the training have others."""
+    args = ["--asr_args", "--decoder_conf llm=llm --decoder_conf soft_prompt_conf.languages=[en]"]
+    result = run("--stage", "10", "--stop_stage", "10", "--asr_stats_dir", "exp/s", *args)
+    assert result.returncode == 2
+    assert "does not know: 'de' (3 utterances, e.g. utt01); it knows en" in result.stderr
+    assert not (directory / "exp/s").exists()

@@ -106,7 +106,10 @@ def test_training(trained):
 
 @pytest.mark.parametrize(
     "line, message",
-    [("utt02 fr", "'fr', which the model does not know; it knows en, de, pl"), (None, "utt2lang")],
+    [
+        ("utt02 fr", r"does not know: 'fr' \(1 utterance, e.g. utt02\); it knows en, de, pl"),
+        (None, "utt2lang"),
+    ],
 )
 def test_training_with_wrong_languages(data, utt2lang, task, tmp_path, line, message):
     options = ()

@@ -1,6 +1,5 @@
 """Every configuration of conf/speech_llm and prefix_tuning builds a model of the size it states."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import yaml
 
 from espnet_llm_plugin import registry
 from espnet_llm_plugin.encoder.stride import encoder_frame_ms
+from espnet_llm_plugin.speech_llm.recipe import recipe_options
+from espnet_llm_plugin.training_config import read_training_config
 from tests.speech_llm.tiny_llm import save_adapted, save_native
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -37,7 +38,8 @@ def test_configuration(tmp_path, name):
     text = (CONF / name).read_text()
     conf = yaml.safe_load(text)
     tokens = WORDS
-    (tmp_path / "words.txt").write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces/tokens.txt").write_text("\n".join(WORDS) + "\n")
     options = ["--config", str(CONF / name), "--output_dir", str(tmp_path)]
     if "decoder" in conf:
         width = next(width for key, width in WIDTHS.items() if key in name)
@@ -51,15 +53,9 @@ def test_configuration(tmp_path, name):
             from espnet_llm_plugin.llm.native import native_token_list
 
             tokens = native_token_list(llm)
-        model_conf = conf.get("model_conf", {})
-        words = str(tmp_path / "words.txt")
-        if "ctc_vocabulary" in model_conf:
-            options += ["--model_conf", f"ctc_vocabulary.token_list={words}"]
-        heads = model_conf.get("auxiliary", [])
-        for head in heads:
-            if "vocabulary" in head:
-                head["vocabulary"]["token_list"] = words
-        options += ["--model_conf", f"auxiliary={json.dumps(heads)}"] if heads else []
+        config = read_training_config(CONF / name)
+        options += recipe_options(config, ["en", "de"], str(tmp_path / "pieces/bpe.model"))
+        heads = config["model_conf"].get("auxiliary", [])
     (tmp_path / "tokens.txt").write_text("\n".join(tokens) + "\n")
     options += ["--token_list", str(tmp_path / "tokens.txt")]
     args = ASRTask.get_parser().parse_args(options)

@@ -17,9 +17,12 @@ def test_numbers_of_a_batch():
     assert [languages.code_of(n) for n in found.tolist()] == ["to", "unk", "en", "unk", "unk"]
 
 
-def test_unknown_code_lists_the_known_ones():
-    with pytest.raises(UserError, match="utterance utt1 has the language 'fr'.*en, de, to"):
-        Languages(CODES).of_batch(lang("en", "fr"))
+def test_unknown_codes_are_counted_beside_the_known_ones():
+    message = r"'fr' \(2 utterances, e.g. utt1\), 'it' \(1 utterance, e.g. utt3\); .* en, de, to"
+    with pytest.raises(UserError, match=message):
+        Languages(CODES).of_batch(lang("en", "fr", "unk", "it", "fr", None))
+    with pytest.raises(UserError, match=r"'fr' \(1 utterance\); it knows"):
+        Languages(CODES).numbers(["fr"])
 
 
 def test_unknown_codes_can_be_unknown_languages(caplog):

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from espnet_llm_plugin import registry
+from espnet_llm_plugin.speech_llm.recipe import recipe_options
+from espnet_llm_plugin.training_config import read_training_config
 from tests.llm.tiny import save_adapted_dir
 
 TOKENS = ["<blank>", "<unk>", *(f"t{i}" for i in range(297)), "<sos/eos>"]
@@ -112,15 +114,19 @@ def test_two_stages(build, place, root):
 
 @pytest.mark.parametrize("corpus", ["indic", "librispeech", "mls"])
 def test_mini(build, place, root, corpus):
-    options = ["--decoder_conf", f"llm={place / 'llm'}"]
-    conf = yaml.safe_load((root / f"conf/{corpus}/mini/train_speech_llm.yaml").read_text())
-    if "ctc_vocabulary" in conf["model_conf"]:
-        (place / "words.txt").write_text("<blank>\n<unk>\nword\n<sos/eos>\n")
-        options += ["--model_conf", f"ctc_vocabulary.token_list={place / 'words.txt'}"]
-    _, model = build(f"{corpus}/mini/train_speech_llm.yaml", *options)
+    pieces = place / "pieces"
+    pieces.mkdir(exist_ok=True)
+    (pieces / "tokens.txt").write_text("<blank>\n<unk>\nword\n<sos/eos>\n")
+    name = f"{corpus}/mini/train_speech_llm.yaml"
+    config = read_training_config(root / "conf" / name)
+    options = recipe_options(config, ["te", "pl"], str(pieces / "bpe.model"))
+    _, model = build(name, "--decoder_conf", f"llm={place / 'llm'}", *options)
     _, ctc = build(f"{corpus}/mini/train_ctc.yaml")
     assert shapes(model, "encoder.") == shapes(ctc, "encoder.")
     assert model.decoder.adapter.stack == 2
+    if corpus != "librispeech":
+        assert model.decoder.soft_prompt.languages.codes == ("te", "pl")
+        assert model.auxiliary.llm_prefix_rnnt.vocabulary.size == 4
 
 
 @pytest.mark.parametrize(

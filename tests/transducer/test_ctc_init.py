@@ -65,3 +65,37 @@ def test_command_prints_one_line(checkpoint, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("model: factorized_transducer\nmodel_conf: {ctc_weight: 0.1}")
     command.main(["--ctc", checkpoint, "--config", str(tmp_path / "c.yaml")])
     assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_values_of_the_configuration_follow(checkpoint, tmp_path, capsys):
+    """They would be lost otherwise: ESPnet's command line replaces a list of the configuration."""
+    config = tmp_path / "c.yaml"
+    config.write_text("model: speech_llm\ninit_param: [model.pth, 'a.pth:x:y']\n")
+    command.main(["--ctc", checkpoint, "--config", str(config)])
+    assert capsys.readouterr().out.split() == [
+        f"{checkpoint}:encoder:encoder",
+        *("model.pth", "a.pth:x:y"),
+    ]
+    command.main(["--config", str(config)])
+    assert capsys.readouterr().out.split() == ["model.pth", "a.pth:x:y"]
+    # what the options say of the model counts
+    args = "--asr_args=--max_epoch 1 --model_conf ctc_weight=0.3"
+    command.main(["--ctc", checkpoint, "--config", str(config), args])
+    assert f"{checkpoint}:ctc:ctc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no such training configuration"),
+        ("- a\n", "expected `key: value` lines"),
+        ("a: [\n", "is not a YAML file"),
+        ("init_param: model.pth\n", "init_param must be a list of files, got 'model.pth'"),
+    ],
+)
+def test_bad_configurations(tmp_path, text, message):
+    config = tmp_path / "c.yaml"
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(UserError, match=message):
+        command.main(["--config", str(config)])

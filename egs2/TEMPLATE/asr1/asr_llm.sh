@@ -84,7 +84,7 @@ asr_args=                 # More options for espnet2.bin.asr_train
 asr_stats_dir=            # Feature statistics (default: <expdir>/asr_stats_raw_<token list>)
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
 ctc_init=                 # Trained CTC experiment directory to start from
-pretrained_model=         # More initial values, in ESPnet's --init_param form
+pretrained_model=         # More initial values, in ESPnet's --init_param form, after those of asr_config
 ignore_init_mismatch=false  # Passed to ESPnet
 inference_config=         # Decoding configuration
 inference_args=           # More options for espnet_llm_plugin.bin.asr_inference
@@ -308,7 +308,7 @@ prepare_languages() {
         [ -f "${directory}/utt2lang" ] ||
             die "there is no ${directory}/utt2lang: soft prompts of languages need the language of every utterance"
         tool prepare_languages --utt2lang "${directory}/utt2lang" --key_file "${directory}/wav.scp" \
-            --config "${asr_config}" --output "${asr_exp}/utt2lang/${name}"
+            --config "${asr_config}" --asr_args="${asr_args}" --output "${asr_exp}/utt2lang/${name}"
     done
 }
 # Options of decoding and evaluation for the languages of a set.
@@ -691,13 +691,21 @@ if runs 11; then
     log "stage 11: ASR training in ${asr_exp}"
     init_args=""
     init_marks=""
-    if [ -n "${ctc_init}" ]; then
-        [ -f "${ctc_init}/.done" ] || die "--ctc_init ${ctc_init} is not a finished training"
-        init_args=$(tool ctc_init --ctc "${ctc_init}/valid.loss.ave.pth" --config "${asr_config}")
-        init_marks=$(cat "${ctc_init}/.done")
+    if [ -n "${ctc_init}${pretrained_model}" ]; then
+        # ESPnet's --init_param replaces that of the configuration: all are given, later ones win.
+        [[ ${asr_args} != *--init_param* ]] ||
+            die "--asr_args has --init_param, which would replace --ctc_init and --pretrained_model:" \
+                "give its files as --pretrained_model, or leave out the others"
+        if [ -n "${ctc_init}" ]; then
+            [ -f "${ctc_init}/.done" ] || die "--ctc_init ${ctc_init} is not a finished training"
+            init_args="--ctc ${ctc_init}/valid.loss.ave.pth"
+            init_marks=$(cat "${ctc_init}/.done")
+        fi
+        # shellcheck disable=SC2086
+        init_args=$(tool ctc_init ${init_args} --config "${asr_config}" --asr_args="${asr_args}")
+        [ -z "${pretrained_model}" ] || init_args+=" ${pretrained_model}"
+        init_args="--init_param ${init_args}"
     fi
-    [ -z "${pretrained_model}" ] || init_args+=" ${pretrained_model}"
-    [ -z "${init_args}" ] || init_args="--init_param ${init_args}"
     normalize_args="--normalize ${feats_normalize}"
     [ "${feats_normalize}" != global_mvn ] ||
         normalize_args+=" --normalize_conf stats_file=${asr_stats_dir}/train/feats_stats.npz"

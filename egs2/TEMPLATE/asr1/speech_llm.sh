@@ -5,6 +5,8 @@
 #   speech_llm_defaults CORPUS      what the user did not give, according to --mini
 #   speech_llm                      CTC model -> with `--units adapted` the LLM adapted to the pieces
 #                                   and fine-tuned -> speech LLM, decoded alone and jointly with CTC
+#
+# The recipe's languages (`langs`) and the CTC model's pieces are filled into the configuration.
 # shellcheck disable=SC2034,SC2154  # transducer_llama.sh has the options and functions
 
 speech_llm_defaults() { # name of the corpus
@@ -49,24 +51,34 @@ as_native() {
 
 speech_llm() {
     [ -n "${llm}" ] || die "--system speech_llm needs --llm"
-    local vocabulary='^ *ctc_vocabulary:' tag=${llm_tag:-$(basename "${llm}")} ctc pieces tokens=() path=${llm} args=""
-    asr "${ctc_config}" --inference_config ""
-    ctc=${expdir}/asr_$(tag_of "${ctc_config}")
+    local vocabulary='^ *ctc_vocabulary:' tag=${llm_tag:-$(basename "${llm}")} ctc values name
+    local tokens=() start=() fill=(--langs "${langs:-}") filled="" path=${llm}
+    name=$(tag_of "${asr_config}")_${tag}
+    values=$(tool ctc_init --config "${asr_config}")
+    if tr ' ' '\n' <<< "${values}" | grep -q '^[^:]\+$'; then
+        # It goes on from all of a trained speech LLM (as what bin.add_languages writes): encoder,
+        # languages and vocabularies are that model's, and the data may be others.
+        fill=() start=(--asr_stats_dir "${expdir}/asr_stats_${name}")
+        [ "${units}" = native ] || path=""
+    else
+        asr "${ctc_config}" --inference_config ""
+        ctc=${expdir}/asr_$(tag_of "${ctc_config}")
+        start=(--ctc_init "${ctc}")
+        # Vocabularies beside the LLM's own tokens are the pieces of the CTC model.
+        [ ! -f "${ctc}/config.yaml" ] || fill+=(--ctc_config "${ctc}/config.yaml")
+    fi
     if [ "${units}" = native ]; then
         tokens=(--token_type hugging_face --llm "${llm}")
         recipe --stage 5 --stop_stage 5 "${tokens[@]}"
-    else
+    elif [ -n "${path}" ]; then
         lm "${tag}" --llm "${llm}" --lm_config "${lm_config#none}"
         path=${expdir}/lm_${tag}/llm
     fi
-    # A CTC over pieces beside the LLM's own tokens: those of the CTC model.
-    if grep -q "${vocabulary}" "${asr_config}" && [ -f "${ctc}/config.yaml" ]; then
-        pieces=$(sed -n 's/^bpemodel: //p' "${ctc}/config.yaml")
-        args+=" --model_conf ctc_vocabulary.token_list=${pieces%/*}/tokens.txt"
-        args+=" --model_conf ctc_vocabulary.bpemodel=${pieces}"
-    fi
-    local model=("${asr_config}" "${tokens[@]}" --asr_tag "$(tag_of "${asr_config}")_${tag}"
-        --ctc_init "${ctc}" --asr_args "${asr_args} --decoder_conf llm=${path}${args}")
+    # What the user gives in --asr_args comes later and wins.
+    [ ${#fill[@]} -eq 0 ] ||
+        filled=$(tool speech_llm_options --config "${asr_config}" --asr_args="${asr_args}" "${fill[@]}")
+    local model=("${asr_config}" "${tokens[@]}" --asr_tag "${name}" "${start[@]}"
+        --asr_args "${filled:+${filled} }${asr_args}${path:+ --decoder_conf llm=${path}}")
     asr "${model[@]}" --inference_tag decode_alone
     # Jointly where the CTC has the decoder's tokens: CTC's weight and the token bonus tuned on dev.
     if [ "${units}" = adapted ] && ! grep -q "${vocabulary}" "${asr_config}" && grep -qE '^ +ctc_weight: *(0\.0*[1-9]|[1-9])' "${asr_config}"; then

@@ -41,7 +41,9 @@ elif [ -n "${fleurs}" ]; then
     common+=(--nbpe "${num_pieces}")
     data_options="--fleurs ${fleurs}"
 else
-    die "--fleurs is missing; see ./run.sh --help"
+    # shellcheck disable=SC2086
+    names=$(printf -- ' -l %s_in' ${langs} | sed 's/ur_in/ur_pk/')
+    die "--fleurs is missing: \`pip install datasets; lhotse download fleurs${names} DIR\`, --fleurs DIR/fleurs"
 fi
 for name in kathbath indicvoices shrutilipi; do data_options+="${!name:+ --${name} ${!name}}"; done
 [ "${balance}" = none ] || asr_args+=" --iterator_type category --batch_type catpow
