@@ -2,17 +2,18 @@
 
 Models stay where they were trained. The archive, a tar.xz file, holds the small files that
 :func:`~espnet_llm_plugin.scoring.results.load_results` reads of every finished system (errors of
-each utterance, scales, times, perplexities, accuracy of predicted languages), under their paths
-relative to the working directory. They are much alike from system to system, which xz, unlike zip,
-sees.
+each utterance, scales, times, perplexities, accuracy of predicted languages; for tables by language
+also words and the utterances' languages), under their paths relative to the working directory. They
+are much alike from system to system, which xz, unlike zip, sees.
 """
 
 import glob
 import io
 import lzma
+import os
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import Iterator, Union
+from typing import Iterator, Mapping, Union
 
 import yaml
 
@@ -38,9 +39,10 @@ def collect(config: Union[str, Path], archive: Union[str, Path]) -> int:
     members = _read(archive) if Path(archive).is_file() else {}
     table = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     seeds = table.get("seeds") or [""]
+    by_language = table.get("utt2lang") or {}
     for system in table["systems"]:
         for seed in seeds:
-            for path in _files_of(system, str(seed)):
+            for path in _files_of(system, str(seed), by_language):
                 name = PurePosixPath(path)
                 if name.is_absolute() or ".." in name.parts:
                     raise UserError(
@@ -95,8 +97,11 @@ def _likeness(name: str) -> tuple[str, str, str]:
     return path.name, path.parent.name, name
 
 
-def _files_of(system: dict, seed: str) -> Iterator[str]:
-    """Files of a system that is scored for this seed; none if it is not."""
+def _files_of(system: dict, seed: str, by_language: Mapping[str, str]) -> Iterator[str]:
+    """Files of a system that is scored for this seed; none if it is not.
+
+    ``by_language`` are tables of the utterances' languages by test set.
+    """
     tests = system["test"]
     directories = list(tests.values()) if isinstance(tests, dict) else [tests]
     directories += [system["dev"]] if system.get("dev") else []
@@ -107,6 +112,9 @@ def _files_of(system: dict, seed: str) -> Iterator[str]:
         yield from glob.glob(f"{directory}/{SCORES}")
         yield from glob.glob(f"{directory}/score_*/utterances.tsv")
         yield from glob.glob(f"{directory}/{LANGUAGE_ID}")
+        if by_language:  # for letters and words of other scripts
+            yield from glob.glob(f"{directory}/score_wer/*.trn")
+    yield from filter(os.path.isfile, by_language.values())
     for key in _FILES:
         values = system.get(key) or []
         for value in values if isinstance(values, list) else [values]:

@@ -103,6 +103,26 @@ def test_an_archive_without_predicted_languages(tmp_path, monkeypatch, whole):
     assert page() == before + after.split("\n\n", 1)[1]
 
 
+def test_tables_by_language(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    make(here, 1, "weak", 21)
+    make(here, 1, "strong", 11)
+    utterances = (here / "exp/s1/weak/test/text").read_text().splitlines()
+    lines = (f"{line.split()[0]} {('hi', 'en')[n % 2]}\n" for n, line in enumerate(utterances))
+    (here / "utt2lang").write_text("".join(lines))
+    config = CONFIG + "utt2lang: {test: utt2lang}\n"
+    for directory in (here, there):
+        directory.mkdir(exist_ok=True)
+        (directory / "results.yaml").write_text(config)
+    monkeypatch.chdir(here)
+    expected = page()
+    assert "|en|hi|" in expected and "scripts" in expected
+    collect("results.yaml", "../archive.tar.xz")
+    monkeypatch.chdir(there)
+    restore("../archive.tar.xz")
+    assert page() == expected
+
+
 def test_what_is_here_is_newer(tmp_path, monkeypatch):
     make(tmp_path, 1, "weak", 21)
     monkeypatch.chdir(tmp_path)
