@@ -1,5 +1,6 @@
 """The recipes of all corpora as users run them: data stages on tiny corpora."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from espnet_llm_plugin.data.corpora import mini_fleurs, mini_librispeech, mini_loquacious, mini_mls
 from espnet_llm_plugin.data.corpora.mini_fleurs import make_mini_fleurs
@@ -20,6 +22,7 @@ from tests.data.conftest import table
 pytestmark = pytest.mark.integration
 pytest.importorskip("espeakng_loader", reason="espeakng-loader (extra `demo`) is not installed")
 
+MWER = "finetune_mwer_small"
 DATA_STAGES = ["--stop_stage", "5", "--nj", "1"]
 
 
@@ -142,6 +145,39 @@ def test_data_of_synthetic_librispeech(recipes):
     assert len(table(recipe / "dump/mini/raw/train_960/text")) == 600
     for tokens in ("token_list/bpe_unigram200", "token_list_llm/bpe_unigram300"):
         assert (recipe / "data/mini" / tokens / "tokens.txt").is_file()
+
+
+def test_all_steps_on_synthetic_librispeech(recipes):
+    """Weak LM, swap as trained and tuned, MWER, and their page: `--mini true`, a few updates each.
+
+    Without the CTC model and the fine-tuning of the LLM, which egs2/custom and egs2/mini have.
+    """
+    recipe = recipes / "librispeech" / "asr1"
+    grid = recipe / "one_point.yaml"
+    grid.write_text("alphas: [0.5]\nbetas: [0.3]\nlabel_bonuses: [1.0]\nbeam_size: 2\n")
+    few = "--max_epoch 1 --num_iters_per_epoch 4"
+    options = ["--ctc_config", "none", "--lm_config", "none", "--nj", "1"]
+    options += ["--asr_args", few, "--lm_args", few, "--test_sets", "dev_clean"]
+    options += ["--tune_config", "one_point.yaml", "--as_trained_config", "one_point.yaml"]
+    result = run(recipe, "--mini", "true", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    weak, mwer = (recipe / "exp/mini" / f"asr_{name}" for name in ("train_ft_weak", MWER))
+    rates = []
+    for decoding in ("decode", "decode_swap_small_as_trained", "decode_swap_small"):
+        scores = json.loads((weak / decoding / "dev_clean/scores.json").read_text())
+        rates.append(scores["wer"]["rate"])
+        page = (weak / decoding / "diagnosis.md").read_text()
+        assert ("## LM swap" in page) == (decoding == "decode_swap_small")
+    scores = json.loads((mwer / "decode/dev_clean/scores.json").read_text())
+    rates.append(scores["wer"]["rate"])
+    names = ("weak LM", "strong LM, untuned", "strong LM, tuned", "strong LM, trained further")
+    page = (mwer / "decode/diagnosis.md").read_text()
+    assert all(f"|{name}|{rate:.2f}|" in page for name, rate in zip(names, rates))
+    # with the scales that were tuned for the swap, and the checkpoint that MWER chooses
+    config = yaml.safe_load((mwer / "config.yaml").read_text())
+    scales = {"lm_scale": 0.5, "beta": 0.3, "label_bonus": 1.0}
+    assert scales.items() <= config["decoder_conf"].items()
+    assert (mwer / "valid.mwer_expected_errors.ave.pth").is_file()
 
 
 def test_data_of_synthetic_mls(recipes):
