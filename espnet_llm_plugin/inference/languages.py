@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterable, Iterator, Mapping, Optional, Sequence
@@ -10,7 +9,12 @@ from typing import Iterable, Iterator, Mapping, Optional, Sequence
 import torch
 
 from espnet_llm_plugin.data.kaldi import read_clean_table
-from espnet_llm_plugin.data.language_codes import NAME, UNKNOWN, encode_language
+from espnet_llm_plugin.data.language_codes import (
+    NAME,
+    UNKNOWN,
+    describe_foreign,
+    encode_language,
+)
 from espnet_llm_plugin.errors import UserError
 from espnet_llm_plugin.speech_llm.languages import Languages
 
@@ -132,14 +136,15 @@ def _taken_for(
     policy: str,
 ) -> dict[str, str]:
     """What codes that the model does not know are taken for; they are counted and logged."""
-    foreign = Counter(code for code in codes if code and not languages.is_known(code))
+    foreign: dict[str, list[str]] = {}
+    for utterance, code in zip(utterances, codes):
+        if code and not languages.is_known(code):
+            foreign.setdefault(code, []).append(utterance)
     if not foreign:
         return {}
-    counts = ", ".join(f"{code} ({number})" for code, number in foreign.most_common())
-    first = next(name for name, code in zip(utterances, codes) if code in foreign)
     what = (
-        f"{foreign.total()} of {len(codes)} utterances, e.g. {first}, have languages that the "
-        f"model does not know: {counts}; it knows {', '.join(languages.codes)}"
+        f"{sum(map(len, foreign.values()))} of {len(codes)} utterances have "
+        f"{describe_foreign(foreign)}; it knows {', '.join(languages.codes)}"
     )
     if policy == "error":
         raise UserError(

@@ -165,12 +165,15 @@ def test_utterances_without_a_language(run, tmp_path, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--lang", "fr"], "4 of 4 utterances, .*: fr .4.; it knows en, de, to"),
+        (
+            ["--lang", "fr"],
+            "4 of 4 utterances .*: 'fr' .4 utterances, e.g. utt-b.; it knows en, de, to",
+        ),
         (["--utt2lang", "missing"], "--utt2lang missing: there is no such file"),
         (["--utt2lang", "{utt2lang}", "--lang", "en"], "give one of them"),
         (
             ["--utt2lang", "{tmp}/foreign"],
-            r"2 of 4 utterances, e.g. utt-., .*: (xx|yy) \(1\), (xx|yy) \(1\).*--unknown_language",
+            "2 of 4 utterances .*'xx' .1 utterance, e.g. utt-c.*'yy' .1.*--unknown_language",
         ),
         (["--unknown_language", "predict"], "this model does not predict languages"),
         (["--utt2lang", "{tmp}/other"], "a language of none of the 4 utterances"),
@@ -187,7 +190,8 @@ def test_languages_that_the_model_does_not_know(run, files, tmp_path, caplog):
     table = tmp_path / "foreign"
     table.write_text("utt-b en\nutt-a xx\nutt-c xx\nutt-d yy\n")
     unknown = run("--utt2lang", table, "--unknown_language", "unk")
-    assert "3 of 4 utterances" in caplog.text and "xx (2), yy (1); it knows" in caplog.text
+    assert "3 of 4 utterances have languages that" in caplog.text
+    assert "'xx' (2 utterances, e.g. utt-a), 'yy' (1 utterance, e.g. utt-d)" in caplog.text
     expected = {"utt-b": "en", "utt-a": "unk", "utt-c": "unk", "utt-d": "unk"}
     assert {utt: entry["lang"] for utt, entry in unknown.items()} == expected
     options = ("--utt2lang", table, "--unknown_language", "predict")
